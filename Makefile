@@ -1,0 +1,52 @@
+# One command each. `make demo` and `make test` are all you need; everything is installed into .venv on first use.
+#
+#   make VENV= test        with the current Python as it is, nothing installed (a machine with torch and no network)
+#   make TORCH=2.11.0 test with another torch
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV ?= .venv
+
+ifeq ($(strip $(VENV)),)
+RUN := PYTHONPATH=$(CURDIR) $(PYTHON)
+CLANG_FORMAT := clang-format
+BUILT := build-in-place
+else
+RUN := $(VENV)/bin/python
+CLANG_FORMAT := $(VENV)/bin/clang-format
+BUILT := $(VENV)/installed-$(TORCH)
+endif
+
+.PHONY: install demo test lint bench clean build-in-place
+
+install: $(BUILT)
+
+# torch first: the extension is built against the one that is there, and nothing may replace it afterwards.
+$(VENV)/installed-%: pyproject.toml constraints.txt setup.py $(wildcard csrc/*) $(wildcard csrc/cpu/*)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet torch==$* -c constraints.txt
+	$(VENV)/bin/python -m pip install --quiet setuptools wheel ninja -c constraints.txt
+	$(VENV)/bin/python -m pip install --quiet --no-build-isolation -e '.[dev]' torch==$* -c constraints.txt
+	rm -f $(VENV)/installed-* && touch $@
+
+build-in-place:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+
+demo: $(BUILT)
+	$(RUN) -m samkern demo $(OPTIONS)
+
+test: $(BUILT)
+	$(RUN) -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=95 $(OPTIONS)
+
+lint: $(BUILT)
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	$(CLANG_FORMAT) --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp
+
+bench: $(BUILT)
+	$(RUN) -m pytest bench -q $(OPTIONS)
+
+clean:
+	rm -rf build dist *.egg-info .venv .coverage .hypothesis .mypy_cache .ruff_cache demo-results samkern/*.so samkern/_build.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

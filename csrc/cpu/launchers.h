@@ -1,0 +1,59 @@
+// The CPU kernels. Each works on the host view of a plan, needs its operands set there, and returns when it is done.
+#pragma once
+#include "../plan.h"
+#include "harness.h"
+
+namespace samkern::cpu {
+
+struct ReduceOptions {
+  const Operand* a = nullptr;
+  const Operand* b = nullptr;          // null: no sums with b
+  const ClimbGroup* climbs = nullptr;  // [n_groups] whose T weighs a in kTT; null: no kTT
+  bool weights = false;                // sum w^2 of every tensor, whether or not its group's climb needs it
+};
+
+// Fills plan.sums, and the tables of filters for groups that climb by filters. An operand without address counts as
+// zero.
+void reduce(const PlanView& plan, const ReduceOptions& options, const Pool& pool);
+
+struct PerturbOptions {
+  const ClimbGroup* climbs;  // [n_groups]
+  double* report;            // [kNReport]
+};
+
+// Half-step: norms of plan.first, saved = w, w = w + eps for every tensor with an address in plan.saved. A gradient
+// that is not finite leaves w as it is; saved is written all the same, so that the update need not know.
+void perturb(const PlanView& plan, const PerturbOptions& options, const Pool& pool);
+
+// The apply phase of perturb alone, with plan.coeffs[kScale] as the caller set it; a climb by filters needs the tables
+// of an earlier reduce. A scale that is not finite leaves w as it is. `report` may be null.
+void perturb_apply(const PlanView& plan, const PerturbOptions& options, const Pool& pool);
+
+// w = saved, for every tensor with an address in plan.saved.
+void restore(const PlanView& plan, const Pool& pool);
+
+struct UpdateOptions {
+  Base base = Base::kNone;
+  const BaseGroup* groups = nullptr;  // [n_groups]
+  MixOptions mix;
+  bool looked = false;       // plan.grad was taken at w + eps
+  bool check = true;         // skip the step if plan.grad is not finite
+  double max_grad_norm = 0;  // 0: no clipping
+  double* report = nullptr;  // [kNReport], as perturb left it if the step looked
+  int64_t* skips = nullptr;  // counts skipped steps
+};
+
+// Half-step: norms of plan.grad, restore, mix, write the cache, clip, base update. Tensors without a gradient are only
+// restored; so are all when the step is skipped. Base::kNone writes u to plan.out where that has an address.
+void update(const PlanView& plan, const UpdateOptions& options, const Pool& pool);
+
+struct Applied {
+  bool skip = false;
+  double clip = 1;
+};
+
+// The apply phase of update alone: coefficients kProject, kMixA, kMixB in plan.coeffs are the caller's. A written cache
+// leaves its sum of squares in plan.sums[kCC].
+void update_apply(const PlanView& plan, const UpdateOptions& options, const Applied& applied, const Pool& pool);
+
+}  // namespace samkern::cpu

@@ -1,0 +1,148 @@
+// perturb: saved = w;  w = w + scale * direction, with the norms of the gradient in front.
+#include "../scalars.h"
+#include "launchers.h"
+#include "sums.h"
+
+namespace samkern::cpu {
+namespace {
+
+template <typename T>
+SAMKERN_CLONES void climb_range(const T* w, const T* g, int64_t n, T scale, T* climbed) {
+  SAMKERN_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) climbed[i] = math::climb(w[i], g[i], scale);
+}
+
+template <typename T>
+SAMKERN_CLONES void climb_sign_range(const T* w, const T* g, int64_t n, T scale, T* climbed) {
+  SAMKERN_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) climbed[i] = math::climb_sign(w[i], g[i], scale);
+}
+
+template <typename T>
+SAMKERN_CLONES void climb_element_range(const T* w, const T* g, int64_t n, T scale, T eta, T* climbed) {
+  SAMKERN_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) climbed[i] = math::climb_element(w[i], g[i], scale, eta);
+}
+
+// Filter-wise: the scale changes with every run of `stride` elements. T_f^2 is applied in double and rounded once.
+template <typename T>
+void climb_filters(const PlanView& plan, int32_t tensor, int64_t at, const T* w, const T* g, int64_t n, double scale,
+                   double eta, T* climbed) {
+  const Filters& filters = plan.filters[tensor];
+  for (int64_t done = 0; done < n;) {
+    const int64_t run = (at + done) / filters.stride;
+    const int64_t step = std::min(n - done, (run + 1) * filters.stride - (at + done));
+    const double t = std::sqrt(plan.filter_ww[filters.first + run % filters.count]) + eta;
+    climb_range(w + done, g + done, step, static_cast<T>(scale * (t * t)), climbed + done);
+    done += step;
+  }
+}
+
+template <typename T>
+void climb_block(const PlanView& plan, const ClimbGroup& group, double scale, int32_t tensor, int64_t at, const T* w,
+                 const T* g, int64_t n, T* climbed) {
+  switch (climb_of(group, plan.filters[tensor])) {
+    case Climb::kElement:
+      return climb_element_range(w, g, n, static_cast<T>(scale), static_cast<T>(group.eta), climbed);
+    case Climb::kFilter: return climb_filters(plan, tensor, at, w, g, n, scale, group.eta, climbed);
+    case Climb::kSign:
+    case Climb::kLayerSign: return climb_sign_range(w, g, n, static_cast<T>(scale), climbed);
+    default: return climb_range(w, g, n, static_cast<T>(scale), climbed);
+  }
+}
+
+// What half-precision weights made of their perturbation: eps vanishes where it is below half a unit in the last place.
+enum Realised { kMovedSq, kMovedEps, kEpsSq, kNRealised };
+static_assert(kNRealised <= static_cast<int>(kNSums));
+
+template <typename T>
+SAMKERN_CLONES void subtract_range(const T* a, const T* b, int64_t n, T* __restrict difference) {
+  for (int64_t i = 0; i < n; ++i) difference[i] = a[i] - b[i];
+}
+
+template <typename T>
+void add_realised(const T* w, const T* climbed, const T* rounded, int64_t n, double* realised) {
+  T moved[kBlock], eps[kBlock];
+  subtract_range(rounded, w, n, moved);
+  subtract_range(climbed, w, n, eps);
+  realised[kMovedSq] += sum_squares(moved, n);
+  realised[kMovedEps] += sum_products(moved, eps, n);
+  realised[kEpsSq] += sum_squares(eps, n);
+}
+
+template <typename T>
+void perturb_chunk(const PlanView& plan, const ClimbGroup& group, double scale, const Span& chunk, bool streamed) {
+  const Operand &w = plan.w[chunk.tensor], &saved = plan.saved[chunk.tensor], &first = plan.first[chunk.tensor];
+  const bool half = size_of(w.dtype) == 2;
+  double realised[kNRealised] = {};
+  T buffer_w[kBlock], buffer_g[kBlock], buffer_climbed[kBlock], rounded[kBlock];
+  for (int64_t at = chunk.at; at < chunk.at + chunk.n; at += kBlock) {
+    const int64_t n = std::min(kBlock, chunk.at + chunk.n - at);
+    copy(saved, w, at, n, streamed);
+    if (!std::isfinite(scale)) continue;
+    const T* values = read(w, at, n, buffer_w);
+    T* climbed = target(w, at, buffer_climbed);
+    climb_block(plan, group, scale, chunk.tensor, at, values, read(first, at, n, buffer_g), n, climbed);
+    write(w, at, n, climbed);
+    if (half) add_realised(values, climbed, read(w, at, n, rounded), n, realised);
+  }
+  std::copy_n(realised, kNRealised, plan.partials + static_cast<int64_t>(chunk.chunk) * kNSums);
+}
+
+// Saved weights are not needed before the next pass has read everything else: they bypass the cache unless they are
+// few.
+bool worth_streaming(const PlanView& plan) {
+  constexpr int64_t kFew = 16 << 20;
+  int64_t n_bytes = 0;
+  for (int32_t t = 0; t < plan.n_tensors; ++t) {
+    if (plan.saved[t].address != nullptr) n_bytes += plan.numel[t] * size_of(plan.saved[t].dtype);
+  }
+  return n_bytes > kFew;
+}
+
+void report_realised(const PlanView& plan, double* report) {
+  double sums[kNRealised] = {};
+  for (int32_t c = 0; c < plan.n_chunks; ++c) {
+    if (plan.saved[plan.chunk_tensor[c]].address == nullptr) continue;
+    for (int s = 0; s < kNRealised; ++s) sums[s] += plan.partials[static_cast<int64_t>(c) * kNSums + s];
+  }
+  report[kRealisedNorm] = std::sqrt(sums[kMovedSq]);
+  report[kRealisedShare] = sums[kEpsSq] > 0 ? sums[kMovedEps] / sums[kEpsSq] : NAN;
+}
+
+}  // namespace
+
+void perturb_apply(const PlanView& plan, const PerturbOptions& options, const Pool& pool) {
+  const bool streamed = worth_streaming(plan);
+  const double* scale = plan.coeffs_of(kScale);
+  for_chunks(plan, pool, Walk::kBackwards, [&](const Span& chunk) {
+    const int32_t t = chunk.tensor;
+    if (plan.saved[t].address == nullptr) return;
+    with_math_type(plan.w[t].dtype, [&](auto zero) {
+      perturb_chunk<decltype(zero)>(plan, options.climbs[plan.group[t]], scale[t], chunk, streamed);
+    });
+  });
+  if (options.report != nullptr) report_realised(plan, options.report);
+}
+
+void perturb(const PlanView& plan, const PerturbOptions& options, const Pool& pool) {
+  reduce(plan, {.a = plan.first, .climbs = options.climbs}, pool);
+  const double *gg = plan.sums_of(kAA), *ww = plan.sums_of(kWW), *tt = plan.sums_of(kTT);
+  const int32_t n = plan.n_tensors;
+  bool finite = true;
+  for (int32_t t = 0; t < n; ++t) {
+    const Dtype dtype = plan.w[t].dtype;
+    finite = finite && scalars::finite(gg[t], dtype) && scalars::finite(tt[t], dtype) && scalars::finite(ww[t], dtype);
+  }
+  const double norm = std::sqrt(tt[n]);
+  for (int32_t t = 0; t < n; ++t) {
+    const double scale = scalars::climb_scale(options.climbs[plan.group[t]], ww[t], gg[t], norm);
+    plan.coeffs_of(kScale)[t] = finite ? scale : NAN;
+  }
+  options.report[kGradNorm] = std::sqrt(gg[n]);
+  options.report[kPerturbNorm] = norm;
+  options.report[kSkippedFirst] = finite ? 0 : 1;
+  perturb_apply(plan, options, pool);
+}
+
+}  // namespace samkern::cpu

@@ -1,0 +1,129 @@
+// norms: sums of squares and products of whole tensor lists. Chunks and filters are added in a fixed order in double,
+// so the result does not depend on the number of threads.
+#include "../scalars.h"
+#include "launchers.h"
+#include "sums.h"
+
+namespace samkern::cpu {
+namespace {
+
+template <typename T>
+SAMKERN_CLONES void weigh_range(const T* w, const T* g, int64_t n, T eta, T* __restrict weighed) {
+  for (int64_t i = 0; i < n; ++i) weighed[i] = math::weigh_element(w[i], g[i], eta);
+}
+
+// What the perturbation needs to know of one tensor. kEuclidean needs nothing beyond sum a^2.
+Climb climb_for(const PlanView& plan, const ReduceOptions& options, int32_t tensor) {
+  if (options.climbs == nullptr || options.a[tensor].address == nullptr) return Climb::kEuclidean;
+  const ClimbGroup& group = options.climbs[plan.group[tensor]];
+  return group.rho > 0 ? climb_of(group, plan.filters[tensor]) : Climb::kEuclidean;
+}
+
+bool scales_by_weights(Climb climb) {
+  return climb == Climb::kLayer || climb == Climb::kLars || climb == Climb::kLayerSign || climb == Climb::kTrust;
+}
+
+template <typename T>
+void reduce_chunk(const PlanView& plan, const ReduceOptions& options, const Span& chunk) {
+  const Operand a = options.a[chunk.tensor];
+  const Operand b = options.b != nullptr ? options.b[chunk.tensor] : Operand{};
+  const Climb climb = climb_for(plan, options, chunk.tensor);
+  const bool squares = a.address != nullptr && climb != Climb::kFilter;  // else the filters' sums are added
+  const bool element = climb == Climb::kElement;
+  const bool weights = options.weights || scales_by_weights(climb);
+  const T eta = element ? static_cast<T>(options.climbs[plan.group[chunk.tensor]].eta) : T{};
+  double sums[kNSums] = {};
+  T buffer_a[kBlock], buffer_b[kBlock], buffer_w[kBlock], weighed[kBlock];
+  for (int64_t at = chunk.at; at < chunk.at + chunk.n; at += kBlock) {
+    const int64_t n = std::min(kBlock, chunk.at + chunk.n - at);
+    const T* values_a = a.address != nullptr ? read(a, at, n, buffer_a) : nullptr;
+    const T* values_b = b.address != nullptr ? read(b, at, n, buffer_b) : nullptr;
+    if (squares) sums[kAA] += sum_squares(values_a, n);
+    if (values_b != nullptr) sums[kBB] += sum_squares(values_b, n);
+    if (values_a != nullptr && values_b != nullptr) sums[kAB] += sum_products(values_a, values_b, n);
+    if (element || weights) {
+      const T* values_w = read(plan.w[chunk.tensor], at, n, buffer_w);
+      if (weights) sums[kWW] += sum_squares(values_w, n);
+      if (element) {
+        weigh_range(values_w, values_a, n, eta, weighed);
+        sums[kTT] += sum_squares(weighed, n);
+      }
+    }
+  }
+  std::copy_n(sums, kNSums, plan.partials + static_cast<int64_t>(chunk.chunk) * kNSums);
+}
+
+// Sums of one filter over its runs of `stride` neighbouring elements.
+template <typename T>
+void reduce_filter(const PlanView& plan, const Operand& a, int32_t tensor, int64_t filter) {
+  const Filters& filters = plan.filters[tensor];
+  double ww = 0, aa = 0;
+  T buffer_w[kBlock], buffer_a[kBlock];
+  for (int64_t run = filter * filters.stride; run < plan.numel[tensor]; run += filters.count * filters.stride) {
+    for (int64_t at = run; at < run + filters.stride; at += kBlock) {
+      const int64_t n = std::min(kBlock, run + filters.stride - at);
+      ww += sum_squares(read(plan.w[tensor], at, n, buffer_w), n);
+      aa += sum_squares(read(a, at, n, buffer_a), n);
+    }
+  }
+  plan.filter_ww[filters.first + filter] = ww;
+  plan.filter_aa[filters.first + filter] = aa;
+}
+
+void reduce_filters(const PlanView& plan, const ReduceOptions& options, const Pool& pool) {
+  for_parts(pool, plan.n_filter_runs, [&](int64_t index) {
+    const FilterRun& run = plan.filter_runs[index];
+    if (climb_for(plan, options, run.tensor) != Climb::kFilter) return;
+    with_math_type(plan.w[run.tensor].dtype, [&](auto zero) {
+      for (int64_t f = run.first; f < run.first + run.count; ++f) {
+        reduce_filter<decltype(zero)>(plan, options.a[run.tensor], run.tensor, f);
+      }
+    });
+  });
+}
+
+// norm(a)^2 and norm(T a)^2 of one tensor from its filters.
+void fold_filters(const PlanView& plan, int32_t tensor, double eta, double* sums) {
+  const Filters& filters = plan.filters[tensor];
+  for (int64_t f = filters.first; f < filters.first + filters.count; ++f) {
+    const double t = std::sqrt(plan.filter_ww[f]) + eta;
+    sums[kAA] += plan.filter_aa[f];
+    sums[kTT] += t * t * plan.filter_aa[f];
+  }
+}
+
+void fold(const PlanView& plan, const ReduceOptions& options) {
+  double total[kNSums] = {};
+  for (int32_t tensor = 0; tensor < plan.n_tensors; ++tensor) {
+    double sums[kNSums] = {};
+    for (int32_t c = plan.first_chunk[tensor]; c < plan.first_chunk[tensor + 1]; ++c) {
+      for (int s = 0; s < kNSums; ++s) sums[s] += plan.partials[static_cast<int64_t>(c) * kNSums + s];
+    }
+    if (options.climbs != nullptr) {
+      const ClimbGroup& group = options.climbs[plan.group[tensor]];
+      if (climb_for(plan, options, tensor) == Climb::kFilter) fold_filters(plan, tensor, group.eta, sums);
+      sums[kTT] = group.rho > 0 ? scalars::weighted_sq(group, sums[kWW], sums[kAA], sums[kTT]) : 0;
+    }
+    for (int s = 0; s < kNSums; ++s) {
+      plan.sums_of(static_cast<Sum>(s))[tensor] = sums[s];
+      total[s] += sums[s];
+    }
+  }
+  for (int s = 0; s < kNSums; ++s) plan.sums_of(static_cast<Sum>(s))[plan.n_tensors] = total[s];
+}
+
+}  // namespace
+
+void reduce(const PlanView& plan, const ReduceOptions& options, const Pool& pool) {
+  bool filters = false;
+  for (int32_t tensor = 0; tensor < plan.n_tensors; ++tensor) {
+    filters = filters || climb_for(plan, options, tensor) == Climb::kFilter;
+  }
+  if (filters) reduce_filters(plan, options, pool);
+  for_chunks(plan, pool, Walk::kForwards, [&](const Span& chunk) {
+    with_math_type(plan.w[chunk.tensor].dtype, [&](auto zero) { reduce_chunk<decltype(zero)>(plan, options, chunk); });
+  });
+  fold(plan, options);
+}
+
+}  // namespace samkern::cpu

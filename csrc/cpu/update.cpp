@@ -1,0 +1,330 @@
+// update: one pass that puts w back, mixes what the base optimizer receives, keeps the cache, clips, and steps.
+#include <cstring>
+
+#include "../scalars.h"
+#include "launchers.h"
+#include "sums.h"
+
+namespace samkern::cpu {
+namespace {
+
+template <typename T>
+SAMKERN_CLONES void project_range(const T* g_s, const T* g, int64_t n, T k, T* __restrict c) {
+  for (int64_t i = 0; i < n; ++i) c[i] = math::project(g_s[i], g[i], k);
+}
+
+template <typename T>
+SAMKERN_CLONES void combine_range(const T* a, const T* b, int64_t n, T coeff_a, T coeff_b, T* __restrict u) {
+  for (int64_t i = 0; i < n; ++i) u[i] = math::combine(a[i], b[i], coeff_a, coeff_b);
+}
+
+template <typename T>
+SAMKERN_CLONES void scale_range(const T* u, int64_t n, T factor, T* scaled) {
+  SAMKERN_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) scaled[i] = factor * u[i];
+}
+
+template <typename T>
+SAMKERN_CLONES void sgd_range(const T* old, const T* u, int64_t n, const math::Sgd<T> o, T* w) {
+  SAMKERN_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) w[i] = math::sgd(old[i], u[i], o);
+}
+
+template <typename T>
+SAMKERN_CLONES void sgd_momentum_range(const T* old, const T* u, int64_t n, const math::Sgd<T> o, T* v, T* w) {
+  SAMKERN_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) w[i] = math::sgd_momentum(old[i], u[i], v[i], o);
+}
+
+template <typename T>
+SAMKERN_CLONES void adam_range(const T* old, const T* u, int64_t n, const math::Adam<T> o, T* m, T* v, T* w) {
+  SAMKERN_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) w[i] = math::adam(old[i], u[i], m[i], v[i], o);
+}
+
+// The update of one chunk, block by block.
+template <typename T>
+class ChunkUpdate {
+ public:
+  ChunkUpdate(const PlanView& plan, const UpdateOptions& options, const Applied& applied, int32_t tensor, bool streamed)
+      : plan_(plan),
+        options_(options),
+        clip_(static_cast<T>(applied.clip)),
+        t_(tensor),
+        streamed_(streamed && plan.saved[tensor].address != nullptr) {}
+
+  void run(const Span& chunk) {
+    double cache_sq = 0;
+    for (int64_t at = chunk.at; at < chunk.at + chunk.n; at += kBlock) {
+      const int64_t n = std::min(kBlock, chunk.at + chunk.n - at);
+      const T* u = read(plan_.grad[t_], at, n, grad_);
+      if (options_.mix.mix == Mix::kDecompose) cache_sq += decompose(u, at, n);
+      if (options_.mix.mix == Mix::kReuse) u = reuse(u, at, n);
+      step(u, at, n);
+    }
+    plan_.partials[static_cast<int64_t>(chunk.chunk) * kNSums + kCC] = cache_sq;
+  }
+
+ private:
+  T coeff(Coeff which) const { return static_cast<T>(plan_.coeffs_of(which)[t_]); }
+
+  // cache = grad - k first. Returns the sum of squares of what was stored.
+  double decompose(const T* g_s, int64_t at, int64_t n) {
+    const Operand& cache = plan_.cache[t_];
+    T* c = target(cache, at, mixed_);
+    if (plan_.first[t_].address != nullptr) {
+      project_range(g_s, read(plan_.first[t_], at, n, other_), n, coeff(kProject), c);
+    } else {
+      std::copy_n(g_s, n, c);
+    }
+    write(cache, at, n, c);
+    return sum_squares(read(cache, at, n, mixed_), n);
+  }
+
+  const T* reuse(const T* g, int64_t at, int64_t n) {
+    if (plan_.cache[t_].address == nullptr) return g;
+    combine_range(g, read(plan_.cache[t_], at, n, other_), n, coeff(kMixA), coeff(kMixB), mixed_);
+    return mixed_;
+  }
+
+  // Base step on clip * u, from the saved weights if they are perturbed.
+  void step(const T* u, int64_t at, int64_t n) {
+    const Operand& w = plan_.w[t_];
+    const Operand& source = plan_.saved[t_].address != nullptr ? plan_.saved[t_] : w;
+    if (options_.base == Base::kNone) {
+      if (plan_.saved[t_].address != nullptr) copy(w, source, at, n, streamed_);
+      if (plan_.out[t_].address != nullptr) hand_over(u, at, n);
+      return;
+    }
+    const T* old = read(source, at, n, old_);
+    T* updated = target(w, at, new_, streamed_);
+    const BaseGroup& group = options_.groups[plan_.group[t_]];
+    if (options_.base == Base::kSgd) {
+      sgd(group, old, u, at, n, updated);
+    } else {
+      adam(group, old, u, at, n, updated);
+    }
+    write(w, at, n, updated, streamed_);
+  }
+
+  void hand_over(const T* u, int64_t at, int64_t n) {
+    T* scaled = target(plan_.out[t_], at, new_);
+    scale_range(u, n, clip_, scaled);
+    write(plan_.out[t_], at, n, scaled);
+  }
+
+  void sgd(const BaseGroup& group, const T* old, const T* u, int64_t at, int64_t n, T* updated) {
+    const bool fresh = plan_.fresh[t_] != 0;
+    const math::Sgd<T> o{.lr = static_cast<T>(group.lr),
+                         .weight_decay = static_cast<T>(group.weight_decay),
+                         .momentum = static_cast<T>(group.momentum),
+                         .keep = fresh ? T{0} : static_cast<T>(group.momentum),
+                         .gain = fresh ? T{1} : static_cast<T>(1 - group.dampening),
+                         .clip = clip_,
+                         .nesterov = group.nesterov};
+    if (group.momentum == 0) return sgd_range(old, u, n, o, updated);
+    T* v = state(plan_.state1[t_], at, n, state1_);
+    sgd_momentum_range(old, u, n, o, v, updated);
+    write(plan_.state1[t_], at, n, v);
+  }
+
+  void adam(const BaseGroup& group, const T* old, const T* u, int64_t at, int64_t n, T* updated) {
+    const bool decoupled = options_.base == Base::kAdamW;
+    const math::Adam<T> o{.weight_decay = static_cast<T>(decoupled ? 0 : group.weight_decay),
+                          .decay = static_cast<T>(decoupled ? 1 - group.lr * group.weight_decay : 1),
+                          .gain1 = static_cast<T>(1 - group.beta1),
+                          .beta2 = static_cast<T>(group.beta2),
+                          .gain2 = static_cast<T>(1 - group.beta2),
+                          .step_size = coeff(kStepSize),
+                          .bias2 = coeff(kBias2),
+                          .eps = static_cast<T>(group.eps),
+                          .clip = clip_};
+    T* m = state(plan_.state1[t_], at, n, state1_);
+    T* v = state(plan_.state2[t_], at, n, state2_);
+    adam_range(old, u, n, o, m, v, updated);
+    write(plan_.state1[t_], at, n, m);
+    write(plan_.state2[t_], at, n, v);
+  }
+
+  // State that is read and written: in place, or a converted copy in `buffer`.
+  T* state(const Operand& x, int64_t at, int64_t n, T* buffer) {
+    if (T* values = in_place<T>(x, at)) return values;
+    load(x, at, n, buffer);
+    return buffer;
+  }
+
+  const PlanView& plan_;
+  const UpdateOptions& options_;
+  const T clip_;
+  const int32_t t_;
+  const bool streamed_;
+  T grad_[kBlock], other_[kBlock], mixed_[kBlock], old_[kBlock], new_[kBlock], state1_[kBlock], state2_[kBlock];
+};
+
+void restore_chunk(const PlanView& plan, const Span& chunk, bool streamed) {
+  if (plan.saved[chunk.tensor].address == nullptr) return;
+  copy(plan.w[chunk.tensor], plan.saved[chunk.tensor], chunk.at, chunk.n, streamed);
+}
+
+// Weights that are written and not read bypass the cache when it cannot hold what a step touches anyway.
+bool worth_streaming(const PlanView& plan) {
+  int64_t n_bytes = 0;
+  for (int32_t t = 0; t < plan.n_tensors; ++t) {
+    if (plan.saved[t].address != nullptr) n_bytes += 4 * plan.numel[t] * size_of(plan.w[t].dtype);
+  }
+  return n_bytes > last_level_cache();
+}
+
+double read_scalar(const Operand& x) {
+  double value;
+  load(x, 0, 1, &value);
+  return value;
+}
+
+// Adam's scalars of every tensor from its own step, which may lag where a gradient was missing. Advances the step.
+void advance_steps(const PlanView& plan, const UpdateOptions& options) {
+  double previous = -1, bias1 = 0, bias2 = 0;
+  int32_t previous_group = -1;
+  for (int32_t t = 0; t < plan.n_tensors; ++t) {
+    if (plan.grad[t].address == nullptr || plan.step[t].address == nullptr) continue;
+    const BaseGroup& group = options.groups[plan.group[t]];
+    const double step = read_scalar(plan.step[t]) + 1;
+    store(plan.step[t], 0, 1, &step);
+    if (step != previous || plan.group[t] != previous_group) {  // usually all tensors agree, and pow is slow
+      bias1 = 1 - std::pow(group.beta1, step);
+      bias2 = 1 - std::pow(group.beta2, step);
+      previous = step;
+      previous_group = plan.group[t];
+    }
+    plan.coeffs_of(kStepSize)[t] = group.lr / bias1;
+    plan.coeffs_of(kBias2)[t] = std::sqrt(bias2);
+  }
+}
+
+void mark_written(const PlanView& plan, const UpdateOptions& options) {
+  if (options.base != Base::kSgd) return;
+  for (int32_t t = 0; t < plan.n_tensors; ++t) {
+    if (plan.grad[t].address != nullptr && plan.state1[t].address != nullptr) plan.fresh[t] = 0;
+  }
+}
+
+// A tensor whose second gradient is missing leaves nothing to reuse; one without any gradient keeps what it had.
+void forget_cache(const PlanView& plan, const Span& chunk) {
+  const Operand& cache = plan.cache[chunk.tensor];
+  if (cache.address == nullptr || plan.first[chunk.tensor].address == nullptr) return;
+  const int64_t size = size_of(cache.dtype);
+  std::memset(static_cast<char*>(cache.address) + chunk.at * size, 0, chunk.n * size);
+}
+
+// plan.sums[kCC] from the partials that ChunkUpdate left.
+void fold_cache(const PlanView& plan, const double* cache_norm) {
+  double* cc = plan.sums_of(kCC);
+  double total = 0;
+  for (int32_t t = 0; t < plan.n_tensors; ++t) {
+    const bool written = plan.grad[t].address != nullptr, untouched = !written && plan.first[t].address == nullptr;
+    cc[t] = untouched && cache_norm != nullptr ? cache_norm[t] * cache_norm[t] : 0;
+    for (int32_t c = plan.first_chunk[t]; written && c < plan.first_chunk[t + 1]; ++c) {
+      cc[t] += plan.partials[static_cast<int64_t>(c) * kNSums + kCC];
+    }
+    total += cc[t];
+  }
+  cc[plan.n_tensors] = total;
+}
+
+// What the next reuse steps divide by.
+void keep_cache_norms(const PlanView& plan, const MixOptions& mix) {
+  const double *cc = plan.sums_of(kCC), *second_sq = plan.sums_of(kBB);
+  for (int32_t t = 0; t <= plan.n_tensors; ++t) {
+    const bool scoped = (mix.scope == Scope::kGlobal) == (t == plan.n_tensors);
+    mix.cache_norm[t] = scalars::kept_cache_norm(cc[t], second_sq[t], scoped ? mix.min_sine : 0);
+  }
+}
+
+bool finite(const PlanView& plan, const double* sums) {
+  for (int32_t t = 0; t < plan.n_tensors; ++t) {
+    if (!scalars::finite(sums[t], plan.w[t].dtype)) return false;
+  }
+  return true;
+}
+
+// kProject, or kMixA and kMixB, from the sums over (first, grad) or (grad, cache).
+void mix_coeffs(const PlanView& plan, const MixOptions& mix) {
+  const int32_t all = plan.n_tensors;
+  const double *aa = plan.sums_of(kAA), *ab = plan.sums_of(kAB);
+  for (int32_t t = 0; t < all; ++t) {
+    const int32_t scope = mix.scope == Scope::kGlobal ? all : t;
+    if (mix.mix == Mix::kDecompose) plan.coeffs_of(kProject)[t] = scalars::over_squared(ab[scope], aa[scope]);
+    if (mix.mix == Mix::kReuse) {
+      plan.coeffs_of(kMixA)[t] = 1;
+      plan.coeffs_of(kMixB)[t] = scalars::reuse_coeff(mix.alpha[plan.group[t]], aa[scope], mix.cache_norm[scope]);
+    }
+  }
+}
+
+// norm(u) from sums that are there already: u = grad, or u = grad + B cache.
+double update_norm(const PlanView& plan, Mix mix, const double* grad_sq) {
+  if (mix != Mix::kReuse) return std::sqrt(grad_sq[plan.n_tensors]);
+  const double *ab = plan.sums_of(kAB), *bb = plan.sums_of(kBB), *coeff_b = plan.coeffs_of(kMixB);
+  double sum = 0;
+  for (int32_t t = 0; t < plan.n_tensors; ++t) {
+    if (plan.grad[t].address == nullptr) continue;
+    sum += grad_sq[t] + coeff_b[t] * (2 * ab[t] + coeff_b[t] * bb[t]);
+  }
+  return std::sqrt(std::max(sum, 0.0));
+}
+
+}  // namespace
+
+void restore(const PlanView& plan, const Pool& pool) {
+  const bool streamed = worth_streaming(plan);
+  for_chunks(plan, pool, Walk::kBackwards, [&](const Span& chunk) { restore_chunk(plan, chunk, streamed); });
+}
+
+void update_apply(const PlanView& plan, const UpdateOptions& options, const Applied& applied, const Pool& pool) {
+  if (applied.skip) return restore(plan, pool);
+  const bool decomposes = options.mix.mix == Mix::kDecompose;
+  if (options.base == Base::kAdam || options.base == Base::kAdamW) advance_steps(plan, options);
+  const bool streamed = worth_streaming(plan);
+  for_chunks(plan, pool, Walk::kBackwards, [&](const Span& chunk) {
+    const int32_t t = chunk.tensor;
+    const bool has_grad = plan.grad[t].address != nullptr;
+    if (decomposes && !has_grad) forget_cache(plan, chunk);
+    const bool only_restored = options.base == Base::kNone && plan.out[t].address == nullptr && !decomposes;
+    if (!has_grad || only_restored) return restore_chunk(plan, chunk, streamed);
+    with_math_type(plan.w[t].dtype,
+                   [&](auto zero) { ChunkUpdate<decltype(zero)>(plan, options, applied, t, streamed).run(chunk); });
+  });
+  mark_written(plan, options);
+  if (decomposes) fold_cache(plan, options.mix.cache_norm);
+}
+
+void update(const PlanView& plan, const UpdateOptions& options, const Pool& pool) {
+  const MixOptions& mix = options.mix;
+  const bool decomposes = mix.mix == Mix::kDecompose, reuses = mix.mix == Mix::kReuse,
+             clips = options.max_grad_norm > 0;
+  double* report = options.report;
+
+  ReduceOptions wanted{.a = plan.grad};
+  if (decomposes) wanted = {.a = plan.first, .b = plan.grad};
+  if (reuses && clips) wanted.b = plan.cache;
+  Applied applied{.skip = report[kSkippedFirst] != 0};
+  if (options.check || clips || decomposes || reuses) {
+    reduce(plan, wanted, pool);
+    const double* grad_sq = plan.sums_of(decomposes ? kBB : kAA);
+    if (options.check && !finite(plan, grad_sq)) {
+      report[options.looked ? kSkippedSecond : kSkippedFirst] = 1;
+      applied.skip = true;
+    }
+    report[options.looked ? kSecondNorm : kGradNorm] = std::sqrt(grad_sq[plan.n_tensors]);
+    mix_coeffs(plan, mix);
+    if (clips) {
+      report[kUpdateNorm] = update_norm(plan, mix.mix, grad_sq);
+      applied.clip = scalars::clip_factor(options.max_grad_norm, report[kUpdateNorm]);
+    }
+  }
+  if (applied.skip) ++*options.skips;
+  update_apply(plan, options, applied, pool);
+  if (decomposes && !applied.skip) keep_cache_norms(plan, mix);
+}
+
+}  // namespace samkern::cpu

@@ -1,0 +1,131 @@
+// What a kernel sees of the tensor lists of one optimizer: plain structs, no torch, no CUDA headers.
+#pragma once
+#include <cstdint>
+
+namespace samkern {
+
+// Elements of one tensor that are summed together. Fixed, so that a sum never depends on the device or the number of
+// threads: every chunk has its own partial sum, and partial sums are added in the order of the chunks.
+constexpr int64_t kChunk = 1 << 16;
+
+enum class Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
+
+// The storage of one tensor in one role. No address: this tensor plays no such role in this call.
+struct Operand {
+  void* address = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+};
+
+// The filters (dim-0 slices) of a dense tensor, in memory order: element i lies in filter (i / stride) % count.
+struct Filters {
+  int64_t count;  // 0 for tensors of fewer than two dimensions: every entry is its own filter
+  int64_t stride;
+  int64_t first;  // place of its first filter in the tables of filters
+};
+
+// Filters that one thread sums: about a chunk's worth of elements, at least one filter.
+struct FilterRun {
+  int32_t tensor;
+  int64_t first;
+  int64_t count;
+};
+
+// Sums over pairs of operands a, b and the weights w. kTT is the sum of (T a)^2 with the perturbation's operator T, kCC
+// the sum of squares of a cache that an update has just written.
+enum Sum : int32_t { kAA, kAB, kBB, kWW, kTT, kCC, kNSums };
+
+// Scalars of one tensor that the apply phase reads.
+enum Coeff : int32_t { kScale, kProject, kMixA, kMixB, kStepSize, kBias2, kNCoeffs };
+
+struct PlanView {
+  // Operands by role, [n_tensors] each. `grad` is what the latest backward left; `first` the gradient at w, set aside
+  // while `grad` is the one at w + eps. `saved` is w itself while w is perturbed. `state1`, `state2` are
+  // momentum_buffer or exp_avg, and exp_avg_sq; `step` is Adam's 0-d step; `out` receives u for other bases.
+  Operand *w, *grad, *first, *saved, *cache, *state1, *state2, *step, *out;
+  uint8_t* fresh;  // [n_tensors] 1: state1 has never been written (SGD's first step takes u undampened)
+
+  const int64_t* numel;         // [n_tensors]
+  const int32_t* group;         // [n_tensors] row of the per-group options
+  const Filters* filters;       // [n_tensors]
+  const int32_t* chunk_tensor;  // [n_chunks] which tensor; an empty tensor keeps its number and owns no chunk
+  const int32_t* chunk_index;   // [n_chunks] which chunk of it
+  const int64_t* chunk_cost;    // [n_chunks + 1] work before each chunk, to share chunks out evenly
+  const int32_t* first_chunk;   // [n_tensors + 1]
+  const FilterRun* filter_runs;
+  int32_t n_tensors, n_chunks, n_filter_runs;
+
+  double* partials;   // [n_chunks][kNSums]
+  double* sums;       // [kNSums][n_tensors + 1]: per tensor, then over all
+  double* coeffs;     // [kNCoeffs][n_tensors]
+  double* filter_ww;  // [all filters] sum of w^2
+  double* filter_aa;  // [all filters] sum of a^2
+
+  double* sums_of(Sum which) const { return sums + static_cast<int64_t>(which) * (n_tensors + 1); }
+  double* coeffs_of(Coeff which) const { return coeffs + static_cast<int64_t>(which) * n_tensors; }
+};
+
+// How a group is perturbed: eps = scale * direction. Values are shared with samkern/optim/perturbation.py.
+enum class Climb : int32_t {
+  kEuclidean,  // rho g / norm(g)
+  kSign,       // rho sign(g)
+  kElement,    // rho T^2 g / norm(T g), T = |w| + eta
+  kFilter,     // the same, T = norm(w_f) + eta
+  kLayer,      // the same, T = norm(w_i) + eta
+  kLars,       // rho norm(w_i) g_i / norm(g_i)
+  kLayerSign,  // rho norm(w_i) / norm(g_i) sign(g_i)
+  kTrust,      // rho min(norm(w_i) / norm(g_i), trust_clip) g_i / norm(g)
+};
+
+struct ClimbGroup {
+  Climb climb;
+  double rho, eta, trust_clip;  // rho = 0: not perturbed
+};
+
+// The climb of one tensor: with one-entry filters, filter-wise means element-wise.
+inline Climb climb_of(const ClimbGroup& group, const Filters& filters) {
+  return group.climb == Climb::kFilter && filters.count == 0 ? Climb::kElement : group.climb;
+}
+
+// What the base optimizer receives: u = A a + B b.
+enum class Mix : int32_t {
+  kGradient,   // u = grad
+  kDecompose,  // u = grad; cache = grad - k first, the part of grad orthogonal to first
+  kReuse,      // u = grad + alpha norm(grad) / norm(cache) cache
+};
+
+enum class Scope : int32_t { kGlobal, kTensor };
+
+struct MixOptions {
+  Mix mix = Mix::kGradient;
+  Scope scope = Scope::kGlobal;
+  double min_sine = 0;            // a cache no longer than this share of norm(grad) is rounding residue: never reused
+  const double* alpha = nullptr;  // [n_groups]
+  double* cache_norm = nullptr;   // [n_tensors + 1] per tensor, then over all; kept between steps; 0: not to be reused
+};
+
+enum class Base : int32_t { kNone, kSgd, kAdam, kAdamW };
+
+struct BaseGroup {
+  double lr, weight_decay;
+  double momentum, dampening;  // SGD
+  bool nesterov;
+  double beta1, beta2, eps;  // Adam, AdamW
+};
+
+// What a step tells about itself: one row of doubles on the device of the parameters, read only when somebody asks.
+// The names are exported to Python as samkern._C.report_fields.
+enum Report : int32_t {
+  kGradNorm,       // norm of the gradient at w, over all tensors that have one
+  kSecondNorm,     // norm of the gradient at w + eps
+  kUpdateNorm,     // norm of u before clipping; only computed when clipping
+  kPerturbNorm,    // the norm that eps was divided by: norm(T g) over the perturbed tensors
+  kRealisedNorm,   // norm(w' - w) over half-precision tensors
+  kRealisedShare,  // <w' - w, eps> / norm(eps)^2 over half-precision tensors; NaN if there are none
+  kSkippedFirst,   // 1: a gradient at w was not finite
+  kSkippedSecond,  // 1: a gradient at w + eps was not finite
+  kNReport
+};
+
+}  // namespace samkern

@@ -1,0 +1,52 @@
+// The torch side of a PlanView: chunk tables, rows of addresses and workspace over tensor lists.
+#pragma once
+#include <ATen/ATen.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/harness.h"
+#include "plan.h"
+
+namespace samkern {
+
+// torch's own threads, so that torch.set_num_threads counts here too.
+cpu::Pool torch_pool();
+
+Dtype dtype_of(const at::Tensor& x);  // TypeError for dtypes that no kernel takes
+bool is_supported(at::ScalarType dtype);
+
+// Same shape and, where a dimension has more than one entry, same strides: element i of one is element i of the other.
+bool same_layout(const at::Tensor& a, const at::Tensor& b);
+
+Operand operand(const at::Tensor& x);
+
+// As operand(), but x has the layout of `like`: copied into it if need be, and the copy is kept in `copies`.
+Operand operand_like(const at::Tensor& x, const at::Tensor& like, std::vector<at::Tensor>& copies);
+
+class Tables {
+ public:
+  // `like`: dense tensors whose shapes and layouts all operands share. `group`: row of options of each.
+  Tables(at::TensorList like, std::vector<int32_t> group);
+  Tables(const Tables&) = delete;
+  Tables& operator=(const Tables&) = delete;
+
+  // Allocates the tables of filters, which only a filter-wise climb reads.
+  void use_filters();
+
+  PlanView view;
+
+ private:
+  void add_tensor(const at::Tensor& like, int32_t index);
+
+  std::vector<Operand> operands_;
+  std::vector<uint8_t> fresh_;
+  std::vector<int64_t> numel_, chunk_cost_;
+  std::vector<int32_t> group_, chunk_tensor_, chunk_index_, first_chunk_;
+  std::vector<Filters> filters_;
+  std::vector<FilterRun> filter_runs_;
+  std::vector<double> workspace_, filter_sums_;
+  int64_t n_filters_ = 0;
+};
+
+}  // namespace samkern

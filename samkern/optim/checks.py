@@ -1,0 +1,26 @@
+"""Checks of options, with messages that name the option, its value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def at_least(name: str, value: float, bound: float, *, strictly: bool = False) -> None:
+    """Raises ``ValueError`` unless ``value >= bound`` (``> bound`` if ``strictly``) and finite."""
+    sound = isinstance(value, (int, float)) and math.isfinite(value)
+    if not sound or value < bound or (strictly and value == bound):
+        raise ValueError(f"{name} must be a finite number {'>' if strictly else '>='} {bound}, got {value!r}")
+
+
+def at_least_int(name: str, value: int, bound: int) -> None:
+    """Raises ``ValueError`` unless ``value`` is an integer ``>= bound``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < bound:
+        raise ValueError(f"{name} must be an integer >= {bound}, got {value!r}")
+
+
+def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raises ``ValueError`` unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

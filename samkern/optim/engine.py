@@ -1,0 +1,302 @@
+"""SharpnessAware: the loop that every method of the family is, once.
+
+::
+
+    closure() -> g    look? -> w + eps -> closure() -> g_s    restore, mix, base update
+
+Where it climbs, when it looks and what it keeps are choices (``perturbation``, ``schedule``, ``reuse``); the passes over
+the weights are two calls of a plan. This file is about order, and about what is put back when something fails in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..batchnorm import frozen_running_stats
+from ..options import Base, Mix, MixOptions, Report
+from .around import OptimizerAround
+from .base import make_base
+from .checks import at_least, one_of
+from .explain import explain
+from .keeper import PlanKeeper, parameters_of
+from .perturbation import Euclidean, Perturbation
+from .record import StepRecord
+from .reuse import Reuse
+from .rng import SharedRng
+from .schedule import Always, Schedule
+
+
+class SharpnessAware(OptimizerAround):
+    """A sharpness-aware optimizer composed of its choices, around any ``torch.optim`` optimizer.
+
+    With a closure, which ``step`` calls once or twice; it returns the first loss::
+
+        def closure():
+            opt.zero_grad()
+            loss = loss_fn(net(x), y)
+            loss.backward()
+            return loss
+
+        loss = opt.step(closure)
+
+    The same without one::
+
+        loss_fn(net(x), y).backward()
+        if opt.first_step():                 # True: weights are perturbed, a second pass is wanted
+            loss_fn(net(x), y).backward()
+        opt.second_step()
+
+    Args:
+        params: parameters or param groups, as for ``torch.optim``; None with a ready ``base``. Dense float32, float64,
+            bfloat16 or float16 tensors of any shape, on one device. A group may override ``rho`` and every other option of
+            the perturbation and the reuse; ``rho=0`` leaves it unperturbed. Where the base uses an option's name for
+            something else (``rho`` of Adadelta, ``alpha`` of RMSprop), ours is called ``sam_rho``, ``sam_alpha`` in groups.
+        base: a ``torch.optim`` class, whose options follow as keywords, or a ready instance. SGD, Adam and AdamW update in
+            the pass that restores the weights; any other runs its own ``step``. See ``explain()``.
+        perturbation: where the second gradient is taken.
+        schedule: which steps look there.
+        reuse: what a look leaves for the others.
+        radius: overrides the perturbation's ``rho``.
+        model: its BatchNorm statistics are frozen in second passes.
+        max_grad_norm: clips what the base receives to this norm, > 0. The perturbation is not affected.
+        cache_dtype: ``torch.float32`` or ``torch.bfloat16`` for what ``reuse`` keeps (float32: float64 for float64 weights).
+        share_rng: gives both passes the same random numbers (dropout masks). Only with ``step(closure)``.
+        nonfinite: "skip": a step with a NaN or infinite gradient changes nothing. "ignore": only the first gradient of a
+            look is checked, which costs nothing.
+        backend: name of the backend that runs the passes; by default the fastest one. See ``samkern.backends()``.
+        base_options: options of ``base``.
+
+    Raises:
+        ValueError: an option is out of range; parameters overlap, repeat or are on several devices.
+        TypeError: a parameter is sparse, complex or not floating-point.
+        NotBuiltError: the named backend cannot run here.
+
+    >>> model = torch.nn.Linear(2, 1)
+    >>> opt = samkern.SharpnessAware(model.parameters(), torch.optim.SGD, lr=0.1,
+    ...                              perturbation=samkern.optim.Filterwise(0.5), schedule=samkern.optim.EveryK(2))
+    >>> model(torch.ones(1, 2)).sum().backward()
+    >>> opt.first_step()
+    True
+    """
+
+    # Not pickled or copied: what belongs to the process, or to a step under way.
+    _TRANSIENT = frozenset({"_pending", "_frozen", "last_step"})
+
+    perturbation: Perturbation
+    schedule: Schedule
+    reuse: Reuse | None
+    evaluations: int
+    last_step: StepRecord | None
+    _pending: StepRecord | None
+
+    def __init__(
+        self,
+        params: Any,
+        base: Any,
+        *,
+        perturbation: Perturbation | None = None,
+        schedule: Schedule | None = None,
+        reuse: Reuse | None = None,
+        radius: float | None = None,
+        model: nn.Module | None = None,
+        max_grad_norm: float | None = None,
+        cache_dtype: torch.dtype = torch.float32,
+        share_rng: bool = False,
+        nonfinite: str = "skip",
+        backend: str | None = None,
+        **base_options: Any,
+    ) -> None:
+        if max_grad_norm is not None:
+            at_least("max_grad_norm", max_grad_norm, 0, strictly=True)
+        one_of("cache_dtype", cache_dtype, (torch.float32, torch.bfloat16))
+        one_of("nonfinite", nonfinite, ("skip", "ignore"))
+        self.perturbation, self.schedule, self.reuse = perturbation or Euclidean(), schedule or Always(), reuse
+        self.model, self.max_grad_norm, self.share_rng, self.nonfinite = model, max_grad_norm, share_rng, nonfinite
+        options = {**self.perturbation.options, **(reuse.options if reuse else {})}
+        if radius is not None:
+            options["rho"] = radius
+        base = make_base(params, base, base_options)
+        self._keeper = PlanKeeper(base, backend, cache_dtype)
+        super().__init__(base, options, not_per_group=("k", "scope", "min_sine"))
+        self.evaluations = self._t = 0
+        self._warn_of_half_precision()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step: evaluates ``closure`` once, or twice if the schedule looks, and returns what it returned first.
+
+        ``closure`` zeroes the gradients, computes the loss, calls ``backward`` and returns the loss. If it raises in the
+        second pass (an interrupt too), weights, gradients, state and counters are as they were before the step.
+
+        Raises:
+            TypeError: no closure, or a gradient that is sparse or complex; weights and state are as they were.
+        """
+        if closure is None:
+            raise TypeError("step() needs a closure (zero_grad, loss, backward); or use first_step() and second_step()")
+        self.require_idle("step()")
+        rng = SharedRng(parameters_of(self.base)) if self.share_rng else None
+        with torch.enable_grad():
+            loss = closure()
+        try:
+            if self._first_half(keep=True):
+                if rng is not None:
+                    rng.rewind()
+                with torch.enable_grad():
+                    closure()
+            self.second_step()
+        except BaseException:
+            self.restore()
+            raise
+        return loss
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> bool:
+        """First half of a step, after the first backward. Returns whether a second backward is wanted.
+
+        If so, weights are perturbed until ``second_step()`` or ``restore()``, and the gradients have been taken from the
+        parameters, so that the second backward does not add to them. ``zero_grad=True`` frees them (unless the method
+        needs them), which saves their memory; ``restore()`` then cannot put them back. If not, nothing has changed: go
+        on to ``second_step()`` without another backward.
+        """
+        if self.share_rng:
+            raise RuntimeError("share_rng=True needs step(closure): first_step() comes after the first pass has drawn")
+        try:
+            return self._first_half(keep=not zero_grad)
+        except BaseException:
+            self.restore()
+            raise
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Second half of a step: restores the weights and updates them. Then zeroes the gradients, if asked to."""
+        if self._pending is None:
+            raise RuntimeError("second_step() without first_step(): call first_step() after the first backward")
+        record = self._pending
+        try:
+            record = replace(record, had_gradients=record.had_gradients or self._has_gradients())
+            self._update(record)
+        except BaseException:
+            self.restore()
+            raise
+        self._finish()
+        self._t += 1
+        self.evaluations += record.evaluations
+        self.last_step = record
+        # Learning-rate schedulers look here to see whether their optimizer has stepped; either of the two may have one.
+        self._opt_called = self.base._opt_called = True  # type: ignore[attr-defined]
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Undoes ``first_step()``: weights bitwise, gradients if they were kept. Nothing to undo: does nothing."""
+        self._keeper.restore()
+        self._finish()
+
+    def _first_half(self, keep: bool) -> bool:
+        self.require_idle("first_step()")
+        plan = self._keeper.plan()
+        looks = self.schedule.look(self._t)
+        report = torch.zeros(len(Report), dtype=torch.float64, device=self._keeper.kept.skips.device)
+        record = StepRecord(looks, 2 if looks else 1, self._has_gradients(), report)
+        if looks:
+            climbs = [self.perturbation.climb(self.options(group)) for group in self.param_groups]
+            plan.perturb(climbs, keep or self.reuse is not None, report)
+            if self.model is not None:
+                self._frozen.enter_context(frozen_running_stats(self.model))
+        self._pending = record
+        return looks
+
+    def _update(self, record: StepRecord) -> None:
+        mix = MixOptions()
+        if self.reuse is not None:
+            mix = self.reuse.mix(record.looked, [self.options(group) for group in self.param_groups])
+        plan = self._keeper.plan(in_step=True)
+        rule = self._keeper.prepare(plan, with_cache=mix.mix == Mix.DECOMPOSE)
+        options = [rule.group(group) for group in self.param_groups] if rule else ()
+        check, clip = self.nonfinite == "skip", self.max_grad_norm or 0.0
+        plan.update(rule.base if rule else Base.NONE, options, mix, record.looked, check, clip, record.report)
+        # A foreign step cannot be told by a flag on the device to do nothing: the one host read of a step.
+        if rule is None and record.had_gradients and not (check and record.skipped):
+            self.base.step()
+
+    def _finish(self) -> None:
+        self._pending = None
+        self._frozen.close()
+
+    def _has_gradients(self) -> bool:
+        return any(p.grad is not None for group in self.param_groups for p in group["params"])
+
+    def explain(self) -> str:
+        """Which backend runs the passes, and for each group how it is perturbed and how it is updated, and why."""
+        return explain(self, self._keeper)
+
+    @property
+    def skips(self) -> int:
+        """Steps that changed nothing because a gradient was not finite. Reads the device."""
+        return int(self._keeper.kept.skips)
+
+    def require_idle(self, what: str) -> None:
+        """Raises ``RuntimeError`` between ``first_step`` and ``second_step``."""
+        if self._pending is not None:
+            raise RuntimeError(
+                f"{what} between first_step() and second_step(): finish the step or undo it by restore()"
+            )
+
+    def check_group(self, options: Mapping[str, Any]) -> None:
+        """Raises ``ValueError`` if an option of a group is out of range."""
+        self.perturbation.check(options)
+        if self.reuse is not None:
+            self.reuse.check(options)
+
+    def _warn_of_half_precision(self) -> None:
+        if self.perturbation.survives_half_precision:
+            return
+        perturbed = [group for group in self.param_groups if self.options(group)["rho"] > 0]
+        if any(p.element_size() == 2 for group in perturbed for p in group["params"]):
+            warnings.warn(
+                "half-precision weights lose perturbations below half a unit in their last place; keep the weights in "
+                "float32 and use autocast, or watch opt.last_step.realised",
+                stacklevel=4,
+            )
+
+    # ---- checkpoints and copies
+
+    def base_state_dict(self) -> dict[str, Any]:
+        """The base's part of a checkpoint."""
+        return self._keeper.base_state_dict()
+
+    def own_state(self) -> dict[str, Any]:
+        """Our part of a checkpoint: counters and caches."""
+        return {"version": 1, "t": self._t, "evaluations": self.evaluations, **self._keeper.state_dict()}
+
+    def check_own_state(self, state: Mapping[str, Any]) -> None:
+        """Raises ``ValueError`` if our part of a checkpoint is of other parameters or in another format."""
+        if state.get("version", 1) != 1:
+            raise ValueError(f"the checkpoint has samkern format {state['version']}, this version reads format 1")
+        self._keeper.check_state_dict(state)
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Takes ``own_state`` back; what is not in it starts fresh."""
+        self._keeper.load_state_dict(state)
+        self._t, self.evaluations = state.get("t", 0), state.get("evaluations", 0)
+
+    def restore_precision(self, state_dict: Mapping[str, Any]) -> None:
+        """Puts back the float32 state of half-precision parameters."""
+        self._keeper.restore_precision(state_dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._pending, self.last_step, self._frozen = None, None, contextlib.ExitStack()
+        super().__setstate__(state)
+
+    @classmethod
+    def is_persistent(cls, name: str) -> bool:
+        """Whether pickle and deepcopy take this attribute along."""
+        return name not in cls._TRANSIENT and super().is_persistent(name)

@@ -1,0 +1,162 @@
+"""Keeps a plan that fits: rebuilds it when parameters, state or backend were replaced, and creates what a step needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import backends
+from ..plan import Kept, TensorPlan, make_plan
+from ..reference import math_dtype
+from ..tensors import check_parameters, is_dense
+from .base import FusedRule, fitted, fused_rule
+
+
+def parameters_of(base: Optimizer) -> list[Tensor]:
+    """The parameters of all groups, in order."""
+    return [p for group in base.param_groups for p in group["params"]]
+
+
+def names_of(base: Optimizer) -> list[str]:
+    """Their names, if they were given with names (``model.named_parameters()``), else an empty list."""
+    return [name for group in base.param_groups for name in group.get("param_names", ())]
+
+
+class PlanKeeper:
+    """The plan over the parameters of ``base``, current whenever it is asked for.
+
+    ``kept`` is what outlives plans; pickling and copying take it along and leave the plan behind.
+
+    Raises:
+        ValueError, TypeError: parameters that cannot be served, see ``samkern.tensors.check_parameters``.
+        NotBuiltError: the named backend cannot run here.
+    """
+
+    def __init__(self, base: Optimizer, backend: str | None, cache_dtype: torch.dtype) -> None:
+        if backend is not None:
+            backends.check(backend)
+        params = parameters_of(base)
+        check_parameters(params, names_of(base))
+        self.base, self.backend, self.cache_dtype = base, backend, cache_dtype
+        self.kept = Kept(params)
+        self._plan: TensorPlan | None = None
+        self._resolved = ""
+        self._rule: FusedRule | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plan": None}
+
+    def resolved(self) -> str:
+        """Name of the backend for the device on which the parameters are now."""
+        device = next((p.device for group in self.base.param_groups for p in group["params"]), torch.device("cpu"))
+        return backends.resolve(device, self.backend)
+
+    def plan(self, in_step: bool = False) -> TensorPlan:
+        """A plan that fits what is in place now. ``in_step``: weights are perturbed, so it must be the one we have.
+
+        Raises:
+            RuntimeError: within a step, parameters or the base's state were replaced.
+        """
+        resolved, plan = self.resolved(), self._plan
+        if plan is None or resolved != self._resolved or not plan.matches(self.base.param_groups, self.base.state):
+            if in_step and plan is not None and plan.perturbed:
+                raise RuntimeError(
+                    "parameters, the base's state or the backend changed between the two passes of a step"
+                )
+            plan = self._build(resolved)
+        return plan
+
+    def restore(self) -> None:
+        """Undoes a perturbation, if there is one."""
+        if self._plan is not None:
+            self._plan.restore()
+
+    def prepare(self, plan: TensorPlan, with_cache: bool) -> FusedRule | None:
+        """Creates the state that this step's gradients need, and caches if wanted. Returns the fused update, if any."""
+        if with_cache:
+            self._create_caches(plan)
+        rule, _ = fused_rule(self.base)
+        if rule is not self._rule:
+            self._bind(plan, rule)
+        if rule is not None:
+            missing = plan.missing_state([rule.needs_state(group) for group in self.base.param_groups])
+            for i in missing:
+                p = self.kept.params[i]
+                self.base.state[p].update(rule.create(p))
+                self.kept.fresh[i] = 1
+            if missing:
+                self._bind(plan, rule)
+        return rule
+
+    def _create_caches(self, plan: TensorPlan) -> None:
+        for i in plan.missing_cache():
+            p = self.kept.params[i]
+            cache = self.kept.cache[p] = torch.zeros_like(p, dtype=self._cache_dtype(p), requires_grad=False)
+            plan.bind_cache(i, cache)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept, with parameters by their index."""
+        index = {p: i for i, p in enumerate(self.kept.params)}
+        cache = {index[p]: cache for p, cache in self.kept.cache.items()}
+        return {"skips": self.kept.skips, "cache": cache, "cache_norm": self.kept.cache_norm}
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ``ValueError`` if ``state`` is of other parameters."""
+        params = parameters_of(self.base)
+        for i, cache in state.get("cache", {}).items():
+            if i >= len(params) or cache.shape != params[i].shape:
+                raise ValueError(f"the checkpoint's cache {i}, shape {tuple(cache.shape)}, belongs to other parameters")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes ``state_dict`` back; an empty mapping means a fresh start."""
+        params = parameters_of(self.base)
+        self._plan, self.kept = None, Kept(params)
+        if state:
+            self.kept.skips.copy_(state["skips"])
+            self.kept.cache_norm.copy_(state["cache_norm"])
+            for i, cache in state["cache"].items():
+                self.kept.cache[params[i]] = fitted(cache, params[i], self._cache_dtype(params[i])).clone()
+
+    def base_state_dict(self) -> dict[str, Any]:
+        """The base's, without momentum buffers that no step has written yet: torch has none before the first step."""
+        state_dict = self.base.state_dict()
+        for i in self.kept.fresh.nonzero().flatten().tolist():
+            state = state_dict["state"].get(i, {})
+            state_dict["state"][i] = {key: value for key, value in state.items() if key != "momentum_buffer"}
+        return state_dict
+
+    def restore_precision(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes the moments from the checkpoint once more: torch's loading casts them to the dtype of the parameters."""
+        rule, _ = fused_rule(self.base)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(saved, parameters_of(self.base), strict=True):
+            for key in rule.keys[:2] if rule else ():
+                value = state_dict["state"].get(i, {}).get(key)
+                if value is not None:
+                    self.base.state[p][key] = fitted(value, p, math_dtype(p.dtype)).clone()
+
+    def _build(self, resolved: str) -> TensorPlan:
+        params = parameters_of(self.base)
+        check_parameters(params, names_of(self.base))
+        self.kept = self.kept.for_parameters(params)
+        group_of = [i for i, group in enumerate(self.base.param_groups) for _ in group["params"]]
+        plan = make_plan(resolved if all(map(is_dense, params)) else "reference", params, group_of, self.kept)
+        self._bind(plan, fused_rule(self.base)[0])
+        self._plan, self._resolved = plan, resolved
+        return plan
+
+    def _bind(self, plan: TensorPlan, rule: FusedRule | None) -> None:
+        state = self.base.state
+        if rule is not None:
+            for p in self.kept.params:
+                if p in state:
+                    rule.adopt(p, state[p])
+        plan.bind_state(state if rule else {}, rule.keys if rule else ())
+        self._rule = rule
+
+    def _cache_dtype(self, p: Tensor) -> torch.dtype:
+        return torch.bfloat16 if self.cache_dtype == torch.bfloat16 else math_dtype(p.dtype)

@@ -1,0 +1,146 @@
+"""WHERE the second gradient is taken: how a param group is perturbed. One class for each formula of ``eps``.
+
+Every option is a key of the param groups, so that a group may override it; ``rho = 0`` leaves a group unperturbed.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from ..options import Climb, ClimbGroup
+from .checks import at_least, one_of
+
+
+class Perturbation(ABC):
+    """How weights climb before the second pass.
+
+    ``options`` are the defaults of its keys in the param groups.
+    """
+
+    def __init__(self, rho: float, **options: Any) -> None:
+        self.options: dict[str, Any] = {"rho": rho, **options}
+        self.check(self.options)
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        """Raises ``ValueError`` if an option of a group is out of range."""
+        at_least("rho", group["rho"], 0)
+
+    @abstractmethod
+    def climb(self, group: Mapping[str, Any]) -> ClimbGroup:
+        """What the kernels do to the parameters of ``group``."""
+
+    @property
+    def survives_half_precision(self) -> bool:
+        """Whether ``eps`` is scaled by the weights themselves, so that it does not vanish below their last place."""
+        return False
+
+
+class Euclidean(Perturbation):
+    """SAM: ``eps = rho g / norm(g)``; with ``p = inf``, ``eps = rho sign(g)``.
+
+    Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412, eq. 2.
+
+    >>> samkern.optim.Euclidean(0.05).options
+    {'rho': 0.05, 'p': 2}
+    """
+
+    def __init__(self, rho: float = 0.05, p: float = 2) -> None:
+        super().__init__(rho, p=p)
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        super().check(group)
+        one_of("p", group["p"], (2, math.inf))
+
+    def climb(self, group: Mapping[str, Any]) -> ClimbGroup:
+        return ClimbGroup(Climb.EUCLIDEAN if group["p"] == 2 else Climb.SIGN, group["rho"])
+
+
+class Adaptive(Perturbation):
+    """ASAM: ``eps = rho T^2 g / norm(T g)``, so that ``norm(T^-1 eps) = rho``; it follows weights that are rescaled.
+
+    Args:
+        rho: radius, in units of T, >= 0.
+        mode: T is ``|w| + eta`` ("element"), ``norm(w_f) + eta`` of each dim-0 slice ("filter") or ``norm(w_i) + eta`` of
+            each tensor ("layer"). In a tensor of one dimension every entry is a filter.
+        eta: added to T, >= 0; with 0, a zero weight is never perturbed.
+
+    A group with ``adaptive=False`` has T = 1.
+
+    Kwon et al., ICML 2021, https://arxiv.org/abs/2102.11600, eq. 4.
+
+    >>> samkern.optim.Adaptive(0.5, "filter").options["eta"]
+    0.01
+    """
+
+    _CLIMBS = {"element": Climb.ELEMENT, "filter": Climb.FILTER, "layer": Climb.LAYER}
+
+    def __init__(self, rho: float = 0.5, mode: str = "element", eta: float = 0.01) -> None:
+        super().__init__(rho, mode=mode, eta=eta, adaptive=True)
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        super().check(group)
+        one_of("mode", group["mode"], tuple(self._CLIMBS))
+        at_least("eta", group["eta"], 0)
+
+    def climb(self, group: Mapping[str, Any]) -> ClimbGroup:
+        kind = self._CLIMBS[group["mode"]] if group["adaptive"] else Climb.EUCLIDEAN
+        return ClimbGroup(kind, group["rho"], group["eta"])
+
+
+class Elementwise(Adaptive):
+    """``Adaptive`` with ``T = |w| + eta``.
+
+    >>> samkern.optim.Elementwise(0.5).options["mode"]
+    'element'
+    """
+
+    def __init__(self, rho: float = 0.5, eta: float = 0.01) -> None:
+        super().__init__(rho, "element", eta)
+
+
+class Filterwise(Adaptive):
+    """``Adaptive`` with ``T = norm(w_f) + eta`` for every dim-0 slice.
+
+    >>> samkern.optim.Filterwise(0.5).options["mode"]
+    'filter'
+    """
+
+    def __init__(self, rho: float = 0.5, eta: float = 0.01) -> None:
+        super().__init__(rho, "filter", eta)
+
+
+class Layerwise(Perturbation):
+    """Look-LayerSAM's climbs, scaled by the norms of each tensor's weights and gradient.
+
+    Args:
+        rho: radius, in units of the norm of a tensor's weights, >= 0.
+        layer_mode: "lars": ``rho norm(w_i) g_i / norm(g_i)``, whatever the scale of the loss. "sign":
+            ``rho norm(w_i) / norm(g_i) sign(g_i)``, which grows as g shrinks. "trust":
+            ``rho min(norm(w_i) / norm(g_i), trust_clip) g_i / norm(g)``.
+        trust_clip: upper bound of the ratio in "trust", > 0.
+
+    Liu et al., CVPR 2022, https://arxiv.org/abs/2203.02714.
+
+    >>> samkern.optim.Layerwise(0.05).options["layer_mode"]
+    'lars'
+    """
+
+    _CLIMBS = {"lars": Climb.LARS, "sign": Climb.LAYER_SIGN, "trust": Climb.TRUST}
+
+    def __init__(self, rho: float = 0.05, layer_mode: str = "lars", trust_clip: float = 20.0) -> None:
+        super().__init__(rho, layer_mode=layer_mode, trust_clip=trust_clip)
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        super().check(group)
+        one_of("layer_mode", group["layer_mode"], tuple(self._CLIMBS))
+        at_least("trust_clip", group["trust_clip"], 0, strictly=True)
+
+    def climb(self, group: Mapping[str, Any]) -> ClimbGroup:
+        return ClimbGroup(self._CLIMBS[group["layer_mode"]], group["rho"], trust_clip=group["trust_clip"])
+
+    @property
+    def survives_half_precision(self) -> bool:
+        return True

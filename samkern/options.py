@@ -1,0 +1,71 @@
+"""What the engine tells a plan: plain values, with the names and numbers of ``csrc/plan.h``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class Climb(IntEnum):
+    """How a group is perturbed: ``eps = scale * direction``."""
+
+    EUCLIDEAN, SIGN, ELEMENT, FILTER, LAYER, LARS, LAYER_SIGN, TRUST = range(8)
+
+
+class Mix(IntEnum):
+    """What the base optimizer receives."""
+
+    GRADIENT, DECOMPOSE, REUSE = range(3)
+
+
+class Scope(IntEnum):
+    """What the dots and norms of a mix run over."""
+
+    GLOBAL, TENSOR = range(2)
+
+
+class Base(IntEnum):
+    """Which update is fused. ``NONE``: ``u`` is handed over in ``p.grad``."""
+
+    NONE, SGD, ADAM, ADAMW = range(4)
+
+
+class Report(IntEnum):
+    """Places in the report of a step: a float64 tensor on the parameters' device, read only when somebody asks."""
+
+    GRAD_NORM, SECOND_NORM, UPDATE_NORM, PERTURB_NORM, REALISED_NORM, REALISED_SHARE, SKIPPED_FIRST, SKIPPED_SECOND = (
+        range(8)
+    )
+
+
+class ClimbGroup(NamedTuple):
+    """How one param group is perturbed. ``rho = 0``: not at all."""
+
+    climb: Climb
+    rho: float
+    eta: float = 0.0
+    trust_clip: float = math.inf
+
+
+class MixOptions(NamedTuple):
+    """What to feed the base. ``alpha``: weight of a reused cache in each param group."""
+
+    mix: Mix = Mix.GRADIENT
+    scope: Scope = Scope.GLOBAL
+    min_sine: float = 0.0
+    alpha: Sequence[float] = ()
+
+
+class BaseGroup(NamedTuple):
+    """Options of a fused base update for one param group."""
+
+    lr: float
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    beta1: float = 0.0
+    beta2: float = 0.0
+    eps: float = 0.0

@@ -1,0 +1,108 @@
+"""The tensor lists of one optimizer, laid out for the kernels, and the two half-steps that run on them.
+
+A step without its passes over data is two calls::
+
+    plan.perturb(climbs, keep, report)    # norms, saved = w, w += eps; the gradients leave p.grad
+    plan.update(base, ..., report)        # norms, restore, mix, keep the cache, clip, base update
+
+``samkern._C.Plan`` runs each as one native call on the CPU; ``ReferencePlan`` spells them out with ``samkern.reference``.
+Both read ``p.grad`` anew every time. A plan is cheap to throw away: what has to outlive it is in ``Kept``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .backends import native
+from .options import Base, BaseGroup, ClimbGroup, MixOptions
+from .reference_plan import ReferencePlan
+
+
+@dataclass
+class Kept:
+    """What a method keeps between steps beside the base optimizer's state. Outlives plans, is copied and pickled.
+
+    ``cache``: one tensor a parameter. ``cache_norm``: float64, one entry per parameter and one over all; 0 means not to
+    be reused. ``fresh``: uint8, 1 where SGD's buffer has never been written. ``skips``: int64, skipped steps so far.
+    """
+
+    params: list[Tensor]
+    cache: dict[Tensor, Tensor] = field(default_factory=dict)
+    cache_norm: Tensor = field(init=False)
+    fresh: Tensor = field(init=False)
+    skips: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        device = self.params[0].device
+        self.cache_norm = torch.zeros(len(self.params) + 1, dtype=torch.float64, device=device)
+        self.fresh = torch.zeros(len(self.params), dtype=torch.uint8, device=device)
+        self.skips = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def for_parameters(self, params: list[Tensor]) -> Kept:
+        """The same for another list of parameters: those that stay keep what they had."""
+        kept = Kept(params)
+        places = {p: i for i, p in enumerate(self.params)}
+        kept.cache = {p: self.cache[p] for p in params if p in self.cache}
+        for i, p in enumerate(params):
+            if p in places:
+                kept.cache_norm[i] = self.cache_norm[places[p]]
+                kept.fresh[i] = self.fresh[places[p]]
+        kept.cache_norm[-1] = self.cache_norm[-1]
+        kept.skips.copy_(self.skips)
+        return kept
+
+
+class TensorPlan(Protocol):
+    """What the engine needs of a plan. Indices count parameters over all groups."""
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether weights are away from ``saved``."""
+
+    def matches(self, groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> bool:
+        """Whether the groups' parameters and the bound state are still those that the plan holds."""
+
+    def bind_state(self, state: Mapping[Any, Any], keys: Sequence[str]) -> None:
+        """Takes the base's state: for each parameter a dict that may have ``keys`` (first moment, second moment, step)."""
+
+    def bind_cache(self, index: int, cache: Tensor) -> None:
+        """Gives parameter ``index`` its cache."""
+
+    def missing_state(self, needed: Sequence[bool]) -> list[int]:
+        """Parameters that have a gradient, are in a group that needs state, and have none."""
+
+    def missing_cache(self) -> list[int]:
+        """Parameters that have a gradient and no cache."""
+
+    def perturb(self, climbs: Sequence[ClimbGroup], keep: bool, report: Tensor) -> None:
+        """First half-step. Takes ``p.grad`` away, and holds on to it if ``keep``."""
+
+    def restore(self) -> None:
+        """Undoes ``perturb``: weights bitwise, and gradients if they were kept."""
+
+    def update(
+        self,
+        base: Base,
+        groups: Sequence[BaseGroup],
+        mix: MixOptions,
+        looked: bool,
+        check: bool,
+        max_grad_norm: float,
+        report: Tensor,
+    ) -> None:
+        """Second half-step. ``max_grad_norm = 0``: no clipping."""
+
+
+def make_plan(backend: str, params: list[Tensor], group: list[int], kept: Kept) -> TensorPlan:
+    """A plan over ``params`` (of param group ``group[i]`` each) on ``backend``, which is one that serves them."""
+    implementation = native.Plan if backend == "cpu" and native is not None else ReferencePlan
+    plan: TensorPlan = implementation(params, group, kept.cache_norm, kept.fresh, kept.skips)
+    for i, p in enumerate(params):
+        if p in kept.cache:
+            plan.bind_cache(i, kept.cache[p])
+    return plan

@@ -1,0 +1,298 @@
+"""``TensorPlan`` in plain PyTorch: every half-step as the sequence of reference passes that it stands for."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .options import Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report, Scope
+from .tensors import DTYPES, describe
+
+_DIRECTION = {
+    Climb.SIGN: "sign",
+    Climb.LAYER_SIGN: "sign",
+    Climb.ELEMENT: "element",
+    Climb.FILTER: "filter",
+}
+_WEIGHTING = {Climb.ELEMENT: "element", Climb.FILTER: "filter", Climb.LAYER: "layer"}
+
+
+def _layouts(params: Sequence[Tensor]) -> list[Any]:
+    return [(p.dtype, p.device, p.shape, p.stride()) for p in params]
+
+
+class ReferencePlan:
+    """Holds the lists and composes the passes.
+
+    A step reads nothing back from the device: what depends on a flag is selected with ``torch.where``.
+    """
+
+    def __init__(
+        self, params: list[Tensor], group: list[int], cache_norm: Tensor, fresh: Tensor, skips: Tensor
+    ) -> None:
+        self._params, self._group = params, group
+        self._cache_norm, self._fresh, self._skips = cache_norm, fresh, skips
+        self._cache: dict[int, Tensor] = {}
+        self._saved: dict[int, Tensor] = {}
+        self._first: dict[int, Tensor] = {}
+        self._layouts = _layouts(params)
+        self.bind_state({}, ())
+        self.perturbed = False
+
+    def matches(self, groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> bool:
+        params = [p for group in groups for p in group["params"]]
+        same_params = len(params) == len(self._params) and all(map(operator.is_, params, self._params))
+        same_state = all(map(operator.is_, self._values_of(state), self._bound))
+        return same_params and same_state and self._layouts == _layouts(params)
+
+    def bind_state(self, state: Mapping[Any, Any], keys: Sequence[str]) -> None:
+        self._state, self._keys = state, keys
+        self._bound = self._values_of(state)
+
+    def _values_of(self, state: Mapping[Any, Any]) -> list[Any]:
+        return [state.get(p, {}).get(key) for p in self._params for key in self._keys]
+
+    def bind_cache(self, index: int, cache: Tensor) -> None:
+        self._cache[index] = cache
+
+    def missing_state(self, needed: Sequence[bool]) -> list[int]:
+        return [
+            i
+            for i, p in enumerate(self._params)
+            if p.grad is not None and needed[self._group[i]] and self._keys[0] not in self._state.get(p, {})
+        ]
+
+    def missing_cache(self) -> list[int]:
+        return [i for i, p in enumerate(self._params) if p.grad is not None and i not in self._cache]
+
+    def perturb(self, climbs: Sequence[ClimbGroup], keep: bool, report: Tensor) -> None:
+        grads = self._gradients()
+        scale, finite = self._climb_scales(grads, climbs, report)
+        scale = torch.where(finite, scale, math.nan)
+        chosen = [i for i in grads if climbs[self._group[i]].rho > 0]
+        self._saved = {i: self._params[i].detach().clone() for i in chosen}
+        self._first = grads if keep else {}
+        self.perturbed = True  # from here on an interrupt finds all that restore() needs
+        for i in chosen:
+            self._climb(i, [self._params[i]], grads, self._saved[i], scale, climbs)
+        self._report_realised(grads, scale, climbs, report)
+        for p in self._params:
+            p.grad = None
+
+    def restore(self) -> None:
+        if not self.perturbed:
+            return
+        self._restore_weights()
+        for i, p in enumerate(self._params):
+            p.grad = self._first.get(i)
+        self._finish()
+
+    def update(
+        self,
+        base: Base,
+        groups: Sequence[BaseGroup],
+        mix: MixOptions,
+        looked: bool,
+        check: bool,
+        max_grad_norm: float,
+        report: Tensor,
+    ) -> None:
+        grads = self._gradients()
+        sums = self._pair_sums(grads, mix.mix)
+        grad_sq = sums[2] if mix.mix == Mix.DECOMPOSE else sums[0]
+        skip = report[Report.SKIPPED_FIRST] != 0
+        if check:
+            bad = ~reference.finite(grad_sq[:-1], self._params)
+            report[Report.SKIPPED_SECOND if looked else Report.SKIPPED_FIRST] += bad & ~skip
+            skip = skip | bad
+        report[Report.SECOND_NORM if looked else Report.GRAD_NORM] = grad_sq[-1].sqrt()
+        coeff = self._mix_coeffs(sums, mix)
+        clip = None
+        if max_grad_norm > 0:
+            report[Report.UPDATE_NORM] = self._update_norm(grads, sums, coeff, mix.mix, grad_sq)
+            clip = reference.clip_factor(max_grad_norm, report[Report.UPDATE_NORM])
+        if mix.mix == Mix.DECOMPOSE:
+            self._write_cache(grads, coeff, mix, grad_sq, skip)
+        self._skips += skip
+        self._step(base, groups, mix.mix, grads, coeff, clip, skip)
+        self._finish()
+
+    # ---- the pieces, in the order in which the half-steps use them
+
+    def _gradients(self) -> dict[int, Tensor]:
+        grads = {i: p.grad for i, p in enumerate(self._params) if p.grad is not None}
+        for i, grad in grads.items():
+            if grad.layout != torch.strided or grad.dtype not in DTYPES:
+                raise TypeError(
+                    f"the gradient of {describe(self._params, i)}, is {grad.layout} {grad.dtype}; samkern needs dense real "
+                    "gradients (for embeddings: sparse=False)"
+                )
+        return grads
+
+    def _zeros(self, rows: int) -> Tensor:
+        return torch.zeros(rows, len(self._params) + 1, dtype=torch.float64, device=self._cache_norm.device)
+
+    def _climb_scales(
+        self, grads: dict[int, Tensor], climbs: Sequence[ClimbGroup], report: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Scale of every parameter, and whether all sums are finite."""
+        sums = self._zeros(5)
+        for i, g in grads.items():
+            group = climbs[self._group[i]]
+            weighting = _WEIGHTING.get(group.climb, "gradient")
+            sums[:, i] = reference.norms([g], (), [self._params[i]], weighting=weighting, eta=group.eta)[:, 0]
+            if group.rho == 0:
+                sums[3:, i] = 0
+        sums[:, -1] = sums[:, :-1].sum(1)
+        aa, ww, tt = sums[0], sums[3], sums[4]
+        norm = tt[-1].sqrt()
+        scale = torch.zeros_like(aa)
+        for i in grads:
+            climb, rho, eta, trust_clip = climbs[self._group[i]]
+            name = climb.name.lower()
+            scale[i] = reference.climb_scale(name, rho, ww[i], aa[i], norm, eta=eta, trust_clip=trust_clip)
+        finite = torch.stack([reference.finite(row[:-1], self._params) for row in (aa, ww, tt)]).all()
+        report[Report.GRAD_NORM], report[Report.PERTURB_NORM] = aa[-1].sqrt(), norm
+        report[Report.SKIPPED_FIRST] = (~finite).double()
+        return scale, finite
+
+    def _climb(
+        self,
+        i: int,
+        w: list[Tensor],
+        grads: dict[int, Tensor],
+        saved: Tensor,
+        scale: Tensor,
+        climbs: Sequence[ClimbGroup],
+    ) -> None:
+        group = climbs[self._group[i]]
+        direction = _DIRECTION.get(group.climb, "gradient")
+        reference.perturb(w, [grads[i]], [saved], scale[i], direction=direction, eta=group.eta)
+
+    def _report_realised(
+        self, grads: dict[int, Tensor], scale: Tensor, climbs: Sequence[ClimbGroup], report: Tensor
+    ) -> None:
+        moved_sq, moved_eps, eps_sq = report.new_zeros(3)
+        for i, saved in self._saved.items():
+            if saved.element_size() > 2:
+                continue
+            before, climbed = saved.float(), saved.float()
+            self._climb(i, [climbed], grads, before.clone(), scale, climbs)
+            moved, eps = (self._params[i].detach().float() - before).double(), (climbed - before).double()
+            moved_sq = moved_sq + (moved * moved).sum()
+            moved_eps = moved_eps + (moved * eps).sum()
+            eps_sq = eps_sq + (eps * eps).sum()
+        report[Report.REALISED_NORM] = moved_sq.sqrt()
+        report[Report.REALISED_SHARE] = moved_eps / eps_sq  # NaN: nothing was measured
+
+    def _pair_sums(self, grads: dict[int, Tensor], mix: Mix) -> Tensor:
+        """Sums over (first, grad) for a decomposition, else over (grad, cache). What is missing counts as zero."""
+        a, b = (self._first, grads) if mix == Mix.DECOMPOSE else (grads, self._cache if mix == Mix.REUSE else {})
+        sums = self._zeros(3)
+        for i, p in enumerate(self._params):
+            if i in a or (i in b and i in grads):
+                zero = torch.zeros_like(p)
+                sums[:, i] = reference.norms([a.get(i, zero)], [b.get(i, zero)])[:3, 0]
+        sums[:, -1] = sums[:, :-1].sum(1)
+        return sums
+
+    def _mix_coeffs(self, sums: Tensor, mix: MixOptions) -> Tensor:
+        """``k`` of a decomposition or ``B`` of a reuse, per parameter."""
+        n = len(self._params)
+        aa, ab = (row[-1:].expand(n) if mix.scope == Scope.GLOBAL else row[:-1] for row in sums[:2])
+        if mix.mix != Mix.REUSE:
+            return reference.project_coeff(ab, aa)
+        kept = self._cache_norm[-1:].expand(n) if mix.scope == Scope.GLOBAL else self._cache_norm[:-1]
+        alpha = torch.tensor([mix.alpha[j] for j in self._group], dtype=torch.float64, device=aa.device)
+        return reference.reuse_coeff(alpha, aa, kept)
+
+    def _update_norm(self, grads: dict[int, Tensor], sums: Tensor, coeff: Tensor, mix: Mix, grad_sq: Tensor) -> Tensor:
+        if mix != Mix.REUSE:
+            return grad_sq[-1].sqrt()
+        has_grad = torch.tensor([i in grads for i in range(len(self._params))], device=sums.device)
+        terms = grad_sq[:-1] + coeff * (2 * sums[1, :-1] + coeff * sums[2, :-1])
+        return torch.where(has_grad, terms, 0.0).sum().clamp(min=0).sqrt()
+
+    def _write_cache(
+        self, grads: dict[int, Tensor], k: Tensor, mix: MixOptions, second_sq: Tensor, skip: Tensor
+    ) -> None:
+        cc = self._zeros(1)[0]
+        for i, p in enumerate(self._params):
+            if i in grads:
+                written = torch.empty_like(self._cache[i])
+                first = self._first.get(i, torch.zeros_like(p))
+                second = grads[i].to(reference.math_dtype(p.dtype))
+                cc[i] = reference.decompose([written], [first], [second], k[i])[0]
+                self._cache[i].copy_(torch.where(skip, self._cache[i], written))
+            elif i in self._first and i in self._cache:  # no second gradient: nothing to reuse
+                self._cache[i].mul_(skip)
+            else:
+                cc[i] = self._cache_norm[i].square()
+        cc[-1] = cc[:-1].sum()
+        scoped = torch.arange(len(cc), device=cc.device) == len(self._params)
+        min_sine = torch.where(scoped if mix.scope == Scope.GLOBAL else ~scoped, mix.min_sine, 0.0)
+        norm = reference.kept_cache_norm(cc, second_sq, min_sine)
+        self._cache_norm.copy_(torch.where(skip, self._cache_norm, norm))
+
+    def _step(
+        self,
+        base: Base,
+        groups: Sequence[BaseGroup],
+        mix: Mix,
+        grads: dict[int, Tensor],
+        coeff: Tensor,
+        clip: Tensor | None,
+        skip: Tensor,
+    ) -> None:
+        one = torch.ones((), dtype=torch.float64, device=coeff.device)
+        for i, p in enumerate(self._params):
+            saved = [self._saved[i]] if i in self._saved else []
+            if saved and (i not in grads or base == Base.NONE):
+                reference.restore([p], saved)
+            if i not in grads:
+                continue
+            cache = [self._cache[i]] if mix == Mix.REUSE and i in self._cache else []
+            parts: reference.Parts = {
+                "saved": saved,
+                "cache": cache,
+                "coeff_a": one,
+                "coeff_b": coeff[i],
+                "clip": clip,
+                "skip": skip,
+            }
+            if base == Base.NONE:
+                self._hand_over(p, grads[i], parts)
+                continue
+            lr, weight_decay, momentum, dampening, nesterov, beta1, beta2, eps = groups[self._group[i]]
+            state = [[self._state[p][key]] if p in self._state else [] for key in self._keys]
+            if base == Base.SGD:
+                options: dict[str, Any] = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}
+                options["first"] = self._fresh[i] != 0
+                self._fresh[i] *= skip
+                update: Callable[..., None] = reference.update_sgd
+            else:
+                options = {"beta1": beta1, "beta2": beta2, "eps": eps}
+                update = reference.update_adam if base == Base.ADAM else reference.update_adamw
+            update([p], [grads[i]], *state, lr=lr, weight_decay=weight_decay, **options, **parts)
+
+    def _hand_over(self, p: Tensor, grad: Tensor, parts: reference.Parts) -> None:
+        skip = parts["skip"]
+        if skip is None or (not parts["cache"] and parts["clip"] is None):
+            return
+        u = torch.empty_like(grad, dtype=reference.math_dtype(p.dtype))
+        reference.mix([u], [grad], **parts)
+        grad.copy_(torch.where(skip, grad, u))
+
+    def _restore_weights(self) -> None:
+        indices = list(self._saved)
+        reference.restore([self._params[i] for i in indices], [self._saved[i] for i in indices])
+
+    def _finish(self) -> None:
+        self._saved, self._first = {}, {}
+        self.perturbed = False

@@ -1,0 +1,93 @@
+"""Builds samkern._C against the torch that is installed: `pip install --no-build-isolation -e .`
+
+Environment: SAMKERN_BUILD=0 installs without the extension (plain PyTorch passes, any device); CXX names the compiler.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+SOURCES = [
+    "bindings.cpp",
+    "ops.cpp",
+    "tables.cpp",
+    *(f"cpu/{name}.cpp" for name in ("convert", "sums", "reduce", "perturb", "update")),
+]
+# No fast math anywhere, and no contraction: the passes are bitwise the same on every instruction set and backend.
+# -fopenmp is for at::parallel_for in torch's headers; it is not linked, so that torch's own copy of the runtime serves.
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wall",
+]
+if sys.platform == "linux":
+    FLAGS.append("-fopenmp")
+
+
+def require_torch():
+    try:
+        import torch
+    except ImportError:
+        sys.exit(
+            "samkern builds against the torch that you run, and there is none in this environment: "
+            "install torch first, then run `pip install --no-build-isolation -e .`"
+        )
+    return torch
+
+
+def require_compiler() -> str:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or ""
+    if not shutil.which(compiler):
+        sys.exit(
+            f"samkern needs a C++20 compiler and found none{f' at CXX={compiler}' if compiler else ''}: install g++ 12 or "
+            "newer (or set CXX), or install without the extension by SAMKERN_BUILD=0"
+        )
+    return compiler
+
+
+def first_line(*command: str) -> str:
+    try:
+        return (
+            subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip().splitlines()[0]
+        )
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
+def extension_arguments() -> dict:
+    torch = require_torch()
+    compiler = require_compiler()
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    class Build(BuildExtension):
+        """Leaves the facts of the build beside the library, for `python -m samkern info` and for load errors."""
+
+        def run(self):
+            super().run()
+            folder = ROOT if self.inplace else Path(self.build_lib)
+            facts = {
+                "torch": torch.__version__,
+                "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+                "compiler": first_line(compiler, "--version"),
+                "flags": " ".join(FLAGS),
+                "commit": first_line("git", "rev-parse", "--short", "HEAD"),
+            }
+            (folder / "samkern" / "_build.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+    sources = [f"csrc/{source}" for source in SOURCES]
+    headers = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h"))
+    extension = CppExtension("samkern._C", sources, extra_compile_args=FLAGS, depends=headers)
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+
+
+setup(**(extension_arguments() if os.environ.get("SAMKERN_BUILD", "1") != "0" else {}))

@@ -1,0 +1,78 @@
+"""Tensor lists for tests of passes: shapes around chunk borders, layouts, canaries, and comparisons."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+DTYPES = (FP32, FP64, BF16, FP16)
+CHUNK = 65_536
+
+SHAPES = {
+    "one": [(3,)],
+    "chunk_borders": [(0,), (1,), (), (CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (2, 0, 3)],
+    "conv_net": [(8, 3, 3, 3), (8,), (16, 8, 3, 3), (16,), (10, 64), (10,)],
+    "tiny": [(64,)] * 60,
+    "long_filters": [(2, 70_000), (1, 1000), (70_000, 2)],
+}
+
+
+def dtype_name(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def random_list(shapes: list[tuple[int, ...]], dtype: torch.dtype = FP32, scale: float = 1.0) -> list[Tensor]:
+    return [(scale * torch.randn(shape)).to(dtype) for shape in shapes]
+
+
+def mixed_list(shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    """Every dtype, in turn."""
+    return [torch.randn(shape).to(DTYPES[i % len(DTYPES)]) for i, shape in enumerate(shapes)]
+
+
+def poisoned_like(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Outputs full of NaN: an entry that is not written shows."""
+    return [torch.full_like(x, torch.nan, dtype=dtype or x.dtype) for x in tensors]
+
+
+def clones(tensors: list[Tensor]) -> list[Tensor]:
+    return [x.clone(memory_format=torch.preserve_format) for x in tensors]
+
+
+def guarded_list(tensors: list[Tensor], offset: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """Copies amid a border of canaries, ``offset`` entries off alignment; and the whole buffers, to look at the borders."""
+    views, buffers = [], []
+    for x in tensors:
+        buffer = torch.full((x.numel() + 64,), 7.0, dtype=x.dtype)
+        start = 32 + offset
+        view = buffer[start : start + x.numel()].view(x.shape)
+        view.copy_(x)
+        views.append(view)
+        buffers.append(buffer)
+    return views, buffers
+
+
+def borders_intact(views: list[Tensor], buffers: list[Tensor]) -> bool:
+    for view, buffer in zip(views, buffers, strict=True):
+        rest = buffer.clone()
+        start = view.storage_offset()
+        rest[start : start + view.numel()] = 7.0
+        if not bool((rest == 7.0).all()):
+            return False
+    return True
+
+
+def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Equal values, NaN equal to NaN, and -0 unequal to 0."""
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype
+        and x.shape == y.shape
+        and torch.equal(x.contiguous().view(integer[x.element_size()]), y.contiguous().view(integer[y.element_size()]))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=FP64)

@@ -1,0 +1,62 @@
+"""Small learning problems: a net with BatchNorm, biases, a frozen and an unused tensor, and batches by step number."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Net(nn.Module):
+    """A convolution without bias in front of BatchNorm (its gradient would be rounding noise), and a linear classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 6, 3)
+        self.head = nn.Linear(6 * 36, 5)
+        self.frozen = nn.Parameter(torch.randn(7), requires_grad=False)
+        self.unused = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.norm(self.conv(x)))
+        return self.head(torch.tanh(self.conv2(x)).flatten(1))
+
+
+def make_net(dtype: torch.dtype = torch.float64, seed: int = 0) -> Net:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Net().to(dtype)
+
+
+def batch(t: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 + t)
+    x = torch.randn(12, 1, 8, 8, generator=generator).to(dtype)
+    return x, torch.randint(0, 5, (12,), generator=generator)
+
+
+def closure_for(net: nn.Module, t: int, zero_grad, dtype: torch.dtype = torch.float64):
+    """Zeroes gradients, computes the loss of batch ``t``, and calls backward."""
+    x, y = batch(t, dtype)
+
+    def closure() -> torch.Tensor:
+        zero_grad()
+        loss = F.cross_entropy(net(x).double(), y)
+        loss.backward()
+        return loss.detach()
+
+    return closure
+
+
+def train(net: nn.Module, opt, steps, dtype: torch.dtype = torch.float64) -> list[float]:
+    return [float(opt.step(closure_for(net, t, opt.zero_grad, dtype))) for t in steps]
+
+
+def flat(net: nn.Module) -> torch.Tensor:
+    """All parameters as one vector."""
+    return torch.cat([p.detach().double().flatten() for p in net.parameters()])
+
+
+def weights(net: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in net.parameters()]

@@ -1,0 +1,161 @@
+"""What is written is true: examples run, the map matches the tree, every public name is documented, links lead somewhere."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import samkern
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(samkern.__path__, "samkern.")
+    if not module.name.endswith(("._C", ".__main__")) and ".demo" not in module.name
+]
+
+
+@pytest.mark.parametrize("name", ["samkern", *MODULES])
+def test_examples_in_docstrings(name):
+    result = doctest.testmod(importlib.import_module(name), extraglobs={"samkern": samkern, "torch": torch})
+    assert result.failed == 0
+
+
+def public_objects():
+    for owner in (samkern, samkern.optim, samkern.sharpness):
+        for name in owner.__all__:
+            yield f"{owner.__name__}.{name}", getattr(owner, name)
+    for name, value in inspect.getmembers(samkern.ops, inspect.isfunction):
+        if not name.startswith("_") and value.__module__ == "samkern.ops":
+            yield f"samkern.ops.{name}", value
+
+
+PUBLIC = dict(public_objects())
+WITHOUT_EXAMPLE = {  # they are returned or subclassed, not called
+    "samkern.NotBuiltError",
+    "samkern.optim.Perturbation",
+    "samkern.optim.Reuse",
+    "samkern.optim.Schedule",
+    "samkern.optim.StepRecord",
+}
+
+
+@pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if not inspect.ismodule(value)])
+def test_every_public_name_is_documented_with_an_example(name):
+    value = PUBLIC[name]
+    assert value.__doc__
+    if name not in WITHOUT_EXAMPLE and name not in ("samkern.info", "samkern.use_backend"):
+        assert ">>>" in value.__doc__ or "__call__" in vars(value), f"{name} has no example that the tests run"
+    if inspect.isclass(value):
+        for method, function in inspect.getmembers(value, inspect.isfunction):
+            if not method.startswith("_"):
+                assert inspect.getdoc(function), f"{name}.{method} has no docstring"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_examples(path):
+    result = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+    assert "nan" not in result.stdout
+    if path.stem == "resume":
+        assert "bit-exact: True" in result.stdout
+        assert "momentum handed over: True" in result.stdout
+
+
+def test_code_in_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+
+
+def test_the_map_of_the_house_is_the_tree():
+    """Every path in the map exists, and no source file is missing from it."""
+    block = re.search(r"```text\n(.*?)```", README, re.DOTALL).group(1)
+    named, folders = set(), []
+    for line in block.splitlines():
+        indent, text = len(line) - len(line.lstrip()), re.split(r"  +", line.strip())[0]
+        while folders and folders[-1][0] >= indent:
+            folders.pop()
+        for entry in text.split():
+            path = ROOT.joinpath(*(folder for _, folder in folders), entry)
+            assert path.exists(), f"{path} is in the map but not in the tree"
+            if entry.endswith("/"):
+                folders.append((indent, entry))
+            named.add(path.resolve())
+    for pattern in (
+        "csrc/**/*.h",
+        "csrc/**/*.cpp",
+        "samkern/**/*.py",
+        "bench/*.py",
+        "tests/oracles",
+        "examples",
+        "triton_kernels",
+    ):
+        for path in ROOT.glob(pattern):
+            covered = path in named or (path.parent in named and path.name in ("__init__.py", "conftest.py"))
+            whole_folder = path.parent in named and path.parent.name in (
+                "bench",
+                "demo",
+                "sharpness",
+                "examples",
+                "tests",
+            )
+            assert covered or whole_folder, f"{path.relative_to(ROOT)} is not in README's map"
+
+
+def test_the_table_of_methods_has_every_method():
+    methods = [name for name in samkern.__all__ if inspect.isclass(getattr(samkern, name))]
+    for name in methods:
+        if issubclass(getattr(samkern, name), samkern.SharpnessAware) and name != "SharpnessAware":
+            assert f"| `{name}` |" in README
+
+
+def test_links_in_the_readme_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_version_is_one():
+    assert f'version = "{samkern.__version__}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"## {samkern.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+ARROWS = {  # a module may import from the left of itself only
+    "reference": set(),
+    "tensors": set(),
+    "options": set(),
+    "backends": set(),
+    "batchnorm": set(),
+    "reference_plan": {"reference", "options", "tensors"},
+    "plan": {"backends", "options", "reference_plan"},
+    "ops": {"backends", "reference", "tensors"},
+    "optim": {"backends", "batchnorm", "options", "plan", "reference", "tensors"},
+    "sharpness": set(),
+    "demo": {"backends", "optim", "sharpness"},
+}
+
+
+@pytest.mark.parametrize("room", ARROWS)
+def test_arrows_run_one_way(room):
+    path = ROOT / "samkern" / room
+    files = list(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    for file in files:
+        dots = r"\.\." if path.is_dir() else r"\."
+        for module, names in re.findall(rf"^from {dots}(\w*) import ([^\n(]+)", file.read_text(), re.MULTILINE):
+            rooms = {module} if module else {name.strip() for name in names.split(",")}
+            assert rooms <= ARROWS[room], f"{file.name} imports {rooms - ARROWS[room]}"
+    for file in (ROOT / "tests" / "oracles").glob("*.py"):
+        assert "samkern" not in file.read_text().replace("Nothing of samkern", "")
