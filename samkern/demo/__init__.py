@@ -28,9 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         raise SystemExit(f"{error.name} is not installed; {MISSING}") from None
 
-    entries = study.ENTRIES
     if options.quick:
-        options.seeds, entries = 1, tuple(entry for entry in entries if entry.in_quick)
+        options.seeds = 1
+    entries = tuple(entry for entry in study.ENTRIES if entry.in_quick or not options.quick)
     print(info(), end="\n\n")
     result = study.run(study.Setting(options.noise / 100, options.epochs, tuple(range(options.seeds)), entries))
     print()

@@ -19,7 +19,7 @@ from ..optim import ASAM, SAM, LookLayerSAM, LookSAM, SAMk
 from ..sharpness import top_eigenvalue
 
 N_TRAIN, BATCH = 1200, 64
-BASE = {"lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4}
+BASE: dict[str, Any] = {"lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def _around(method: type, **options: Any) -> Callable[[nn.Module], Optimizer]:
     return lambda model: method(model.parameters(), SGD, model=model, **options, **BASE)
 
 
-ENTRIES = (
+ENTRIES: tuple[Entry, ...] = (
     Entry("SGD", lambda model: SGD(model.parameters(), **BASE)),
     Entry("SGD, twice the epochs", lambda model: SGD(model.parameters(), **BASE), longer=2, in_quick=False),
     Entry("SAM (rho 0.2)", _around(SAM, rho=0.2)),
@@ -122,14 +122,14 @@ def make_net(seed: int) -> nn.Sequential:
         return nn.Sequential(*block(1, 24), *block(24, 24), nn.MaxPool2d(2), *block(24, 24), *pooled)
 
 
-def closure_for(net: nn.Module, opt: Optimizer, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+def closure_for(net: nn.Module, opt: Optimizer, x: Tensor, y: Tensor) -> Callable[[], float]:
     """Zeroes the gradients, computes the loss, calls backward, returns the loss."""
 
-    def closure() -> Tensor:
+    def closure() -> float:
         opt.zero_grad()
         loss = functional.cross_entropy(net(x), y)
         loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+        return loss.item()
 
     return closure
 
@@ -138,7 +138,7 @@ def closure_for(net: nn.Module, opt: Optimizer, x: Tensor, y: Tensor) -> Callabl
 def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
     """Share of right answers in per cent, in evaluation mode."""
     net.eval()
-    right = (net(x).argmax(1) == y).double().mean().item() * 100
+    right: float = (net(x).argmax(1) == y).double().mean().item() * 100
     net.train()
     return right
 
@@ -153,13 +153,14 @@ def train(entry: Entry, setting: Setting, seed: int, progress: tqdm[Any]) -> Run
     generator = torch.Generator().manual_seed(1000 + seed)
     curve, steps = [], 0
     for _ in range(epochs):
-        for indices in torch.randperm(N_TRAIN, generator=generator).split(BATCH):
+        for indices in torch.split(torch.randperm(N_TRAIN, generator=generator), BATCH):
             opt.step(closure_for(net, opt, data.train_x[indices], data.train_y[indices]))
             schedule.step()
             steps += 1
         progress.update()
         curve.append((getattr(opt, "evaluations", steps), accuracy(net, data.test_x, data.test_y)))
-    parts = list(zip(data.train_x.split(N_TRAIN // 3), data.train_y.split(N_TRAIN // 3), strict=True))
+    thirds = (torch.split(part, N_TRAIN // 3) for part in (data.train_x, data.train_y))
+    parts = list(zip(*thirds, strict=True))
     return Run(
         seed=seed,
         test_accuracy=curve[-1][1],
@@ -185,9 +186,10 @@ def time_steps(rows: list[Row], setting: Setting, rounds: int = 60, warm_up: int
     inside: list[dict[int, list[float]]] = [{} for _ in rows]
     for t in range(warm_up + rounds):
         for i, (net, opt) in enumerate(zip(nets, opts, strict=True)):
-            closure, spent = closure_for(net, opt, x, y), []
+            closure = closure_for(net, opt, x, y)
+            spent: list[float] = []
 
-            def timed(closure: Callable[[], Tensor] = closure, spent: list[float] = spent) -> Tensor:
+            def timed(closure: Callable[[], float] = closure, spent: list[float] = spent) -> float:
                 start = time.perf_counter()
                 loss = closure()
                 spent.append(time.perf_counter() - start)
