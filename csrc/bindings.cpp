@@ -1,9 +1,12 @@
 // samkern._C: the Plan, which holds the tensor lists of one optimizer between steps and runs its half-steps.
+#include <ATen/Parallel.h>
 #include <torch/extension.h>
 
-#include <optional>
+#include <algorithm>
+#include <atomic>
 #include <string>
 #include <tuple>
+#include <unordered_map>
 
 #include "cpu/launchers.h"
 #include "tables.h"
@@ -26,68 +29,99 @@ void bump_version(const Tensor& x) {
   if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
 }
 
+// Calls body(t) for every tensor, on torch's threads: with thousands of tensors a step's time goes into waiting for
+// their headers. The body must not destroy a tensor, since that may need Python's lock, which the caller holds.
+template <typename Body>
+void for_tensors(size_t n, const Body& body) {
+  constexpr int64_t kWorthAThread = 256;
+  at::parallel_for(0, static_cast<int64_t>(n), kWorthAThread, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) body(static_cast<size_t>(t));
+  });
+}
+
 // State of the base optimizer as its Python dicts hold it. Strong references: a pointer that compares equal is the
 // object.
 class BoundState {
  public:
   void bind(const py::dict& state, std::vector<py::str> keys) {
     keys_ = std::move(keys);
-    entries_.clear();
+    params_.clear();
+    values_.clear();
+    tensors_.clear();
     for (const auto& [param, values] : state) {
-      Entry entry{py::reinterpret_borrow<py::object>(param), py::reinterpret_borrow<py::object>(values), {}};
-      for (const py::str& key : keys_) entry.tensors.push_back(lookup(entry.values.ptr(), key.ptr()));
-      entries_.push_back(std::move(entry));
+      params_.push_back(py::reinterpret_borrow<py::object>(param));
+      values_.push_back(py::reinterpret_borrow<py::object>(values));
+      for (const py::str& key : keys_) tensors_.push_back(py::reinterpret_borrow<py::object>(lookup(values, key)));
     }
   }
 
   // Whether `state` still holds the same dicts with the same tensors, in the same order.
   bool matches(const py::dict& state) const {
     if (keys_.empty()) return true;
-    size_t i = 0;
+    size_t i = 0, bound = 0;
     for (const auto& [param, values] : state) {
-      if (i == entries_.size()) return false;
-      const Entry& entry = entries_[i++];
-      if (param.ptr() != entry.param.ptr() || values.ptr() != entry.values.ptr()) return false;
-      for (size_t k = 0; k < keys_.size(); ++k) {
-        if (PyDict_GetItemWithError(values.ptr(), keys_[k].ptr()) != entry.tensors[k].ptr()) return false;
+      if (i == params_.size() || !param.is(params_[i]) || !values.is(values_[i])) return false;
+      for (const py::str& key : keys_) {
+        if (!tensors_[bound++].is(lookup(values, key))) return false;
       }
+      ++i;
     }
-    return i == entries_.size();
+    return i == params_.size();
   }
 
   // Calls body(param, key number, tensor) for everything that is there.
   template <typename Body>
   void for_each(const Body& body) const {
-    for (const Entry& entry : entries_) {
-      for (size_t k = 0; k < keys_.size(); ++k) {
-        if (entry.tensors[k]) body(entry.param.ptr(), k, entry.tensors[k].cast<Tensor>());
-      }
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (tensors_[i]) body(params_[i / keys_.size()].ptr(), i % keys_.size(), tensors_[i].cast<Tensor>());
     }
   }
 
  private:
-  struct Entry {
-    py::object param, values;
-    std::vector<py::object> tensors;
-  };
-
-  static py::object lookup(PyObject* values, PyObject* key) {
-    return PyDict_Check(values) ? py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(values, key))
-                                : py::object();
+  static py::handle lookup(py::handle values, const py::str& key) {
+    return PyDict_Check(values.ptr()) ? PyDict_GetItemWithError(values.ptr(), key.ptr()) : nullptr;
   }
 
   std::vector<py::str> keys_;
-  std::vector<Entry> entries_;
+  std::vector<py::object> params_, values_, tensors_;  // tensors_: [params_][keys_], null where there is none
+};
+
+// Dtypes, shapes and strides of a list, side by side.
+class Layouts {
+ public:
+  explicit Layouts(const std::vector<Tensor>& list) {
+    for (const Tensor& x : list) {
+      dtypes_.push_back(x.scalar_type());
+      first_.push_back(numbers_.size());
+      numbers_.insert(numbers_.end(), x.sizes().begin(), x.sizes().end());
+      numbers_.insert(numbers_.end(), x.strides().begin(), x.strides().end());
+    }
+    first_.push_back(numbers_.size());
+  }
+
+  bool hold(size_t t, const Tensor& x) const {
+    const at::IntArrayRef sizes = x.sizes(), strides = x.strides();
+    const int64_t* numbers = numbers_.data() + first_[t];
+    return x.scalar_type() == dtypes_[t] && 2 * sizes.size() == first_[t + 1] - first_[t] &&
+           std::equal(sizes.begin(), sizes.end(), numbers) &&
+           std::equal(strides.begin(), strides.end(), numbers + sizes.size());
+  }
+
+ private:
+  std::vector<at::ScalarType> dtypes_;
+  std::vector<size_t> first_;
+  std::vector<int64_t> numbers_;
 };
 
 // The tensor lists of one optimizer on the CPU. Addresses are read anew in every call, since gradients move with
-// zero_grad() and weights may; what Python replaced behind the plan's back is found by matches().
+// zero_grad() and weights may; what Python replaced behind the plan's back is found by fits() and holds().
 class Plan {
  public:
   Plan(const py::list& params, std::vector<int32_t> group, Tensor cache_norm, Tensor fresh, Tensor skips)
       : objects_(params),
         params_(params.cast<std::vector<Tensor>>()),
         tables_(params_, std::move(group)),
+        layouts_(params_),
         first_(params_.size()),
         state1_(params_.size()),
         state2_(params_.size()),
@@ -97,24 +131,26 @@ class Plan {
         cache_norm_(std::move(cache_norm)),
         fresh_(std::move(fresh)),
         skips_(std::move(skips)) {
-    for (const Tensor& p : params_) layouts_.push_back({p.scalar_type(), p.sizes().vec(), p.strides().vec()});
     tables_.view.fresh = fresh_.mutable_data_ptr<uint8_t>();
   }
 
   bool perturbed() const { return perturbed_; }
 
-  // Whether the parameters of all groups, their layouts and the bound state are what the plan was built on.
-  bool matches(const py::list& groups, const py::dict& state) const {
+  // Whether the parameters of all groups and their layouts are what the plan was built on.
+  bool fits(const py::list& groups) const {
     size_t t = 0;
     for (const py::handle group : groups) {
       const py::list params = group["params"];
       for (const py::handle p : params) {
-        if (t == params_.size() || p.ptr() != PyList_GET_ITEM(objects_.ptr(), static_cast<Py_ssize_t>(t))) return false;
-        if (!layout_holds(t++)) return false;
+        if (t == params_.size() || p.ptr() != PyList_GET_ITEM(objects_.ptr(), static_cast<Py_ssize_t>(t++)))
+          return false;
       }
     }
-    return t == params_.size() && bound_.matches(state);
+    return t == params_.size() && changed_layout() == t;
   }
+
+  // Whether the base's state is what the plan was bound to.
+  bool holds(const py::dict& state) const { return bound_.matches(state); }
 
   void bind_state(const py::dict& state, std::vector<py::str> keys) {
     bound_.bind(state, std::move(keys));
@@ -158,22 +194,23 @@ class Plan {
       cpu::perturb(plan, {.climbs = groups.data(), .report = report.mutable_data_ptr<double>()}, torch_pool());
     }
     perturbed_ = true;
-    written();
+    kept_ = keep;
     for (size_t t = 0; t < params_.size(); ++t) {
-      if (keep) first_[t] = params_[t].grad();
-      params_[t].mutable_grad() = Tensor();
+      const Tensor& p = params_[t];
+      bump_version(p);
+      Tensor& grad = p.mutable_grad();
+      plan.first[t] = {};  // update() binds those that it reads
+      if (keep) {
+        first_[t] = std::move(grad);
+      } else {
+        grad.reset();
+      }
     }
   }
 
   // Undoes perturb(): weights bitwise, gradients if they were kept.
   void restore() {
     if (!perturbed_) return;
-    for (size_t t = 0; t < params_.size(); ++t) {
-      if (!layout_holds(t)) {
-        throw std::runtime_error("parameter " + std::to_string(t) +
-                                 " changed its dtype, shape or strides while perturbed, and cannot be restored");
-      }
-    }
     bind_weights();
     {
       py::gil_scoped_release unlocked;
@@ -202,77 +239,101 @@ class Plan {
     options.groups = groups.data();
 
     const bool hands_over = options.base == Base::kNone && (max_grad_norm > 0 || options.mix.mix == Mix::kReuse);
+    const bool adam = options.base == Base::kAdam || options.base == Base::kAdamW;
     PlanView& plan = tables_.view;
     copies_.clear();
     bind_weights();
     bind_gradients(plan.grad, hands_over);
-    for (size_t t = 0; t < params_.size(); ++t) {
-      plan.out[t] = hands_over ? plan.grad[t] : Operand{};
-      plan.first[t] = first_[t].defined() ? operand_like(first_[t], params_[t], copies_) : Operand{};
-    }
-    bind_row(plan.cache, cache_);
-    bind_row(plan.state1, state1_);
-    bind_row(plan.state2, state2_);
-    for (size_t t = 0; t < params_.size(); ++t) plan.step[t] = step_[t].defined() ? operand(step_[t]) : Operand{};
+    std::copy_n(plan.grad, hands_over ? params_.size() : 0, plan.out);
+    if (options.mix.mix == Mix::kDecompose) bind_first();
+    if (options.mix.mix != Mix::kGradient) bind_row(plan.cache, cache_);
+    if (options.base != Base::kNone) bind_row(plan.state1, state1_);
+    if (adam) bind_row(plan.state2, state2_);
+    if (adam) bind_row(plan.step, step_);
     {
       py::gil_scoped_release unlocked;
       cpu::update(plan, options, torch_pool());
-    }
-    for (const auto* row : {&cache_, &state1_, &state2_, &step_}) {
-      for (const Tensor& x : *row) {
-        if (x.defined()) bump_version(x);
-      }
     }
     finish();
   }
 
  private:
-  struct Layout {
-    at::ScalarType dtype;
-    std::vector<int64_t> sizes, strides;
-  };
-
-  bool layout_holds(size_t t) const {
-    const Tensor& p = params_[t];
-    return p.scalar_type() == layouts_[t].dtype && p.sizes() == at::IntArrayRef(layouts_[t].sizes) &&
-           p.strides() == at::IntArrayRef(layouts_[t].strides);
+  // A parameter whose layout is no longer what the tables say, or their number.
+  size_t changed_layout() const {
+    std::atomic<size_t> changed{params_.size()};
+    for_tensors(params_.size(), [&](size_t t) {
+      if (!layouts_.hold(t, params_[t])) changed = t;
+    });
+    return changed;
   }
 
   template <typename Wanted>
   std::vector<size_t> with_gradient(const Wanted& wanted) const {
     std::vector<size_t> found;
     for (size_t t = 0; t < params_.size(); ++t) {
-      if (params_[t].grad().defined() && wanted(t)) found.push_back(t);
+      if (wanted(t) && params_[t].grad().defined()) found.push_back(t);
     }
+    if (!found.empty()) check_gradients();  // before anything is created for them
     return found;
   }
 
-  // The caller has seen matches(), or checks layouts itself.
+  void check_gradients() const {
+    for (size_t t = 0; t < params_.size(); ++t) {
+      const Tensor& grad = params_[t].grad();
+      if (!grad.defined() || is_usable(grad)) continue;
+      throw py::type_error("the gradient of parameter " + std::to_string(t) + ", shape " + c10::str(grad.sizes()) +
+                           ", is " + c10::str(grad.layout()) + " " + c10::str(grad.scalar_type()) +
+                           "; samkern needs dense real gradients (for embeddings: sparse=False)");
+    }
+  }
+
+  static bool is_usable(const Tensor& grad) {
+    return grad.layout() == at::kStrided && is_supported(grad.scalar_type());
+  }
+
   void bind_weights() {
-    for (size_t t = 0; t < params_.size(); ++t) tables_.view.w[t] = operand(params_[t]);
+    const size_t changed = changed_layout();
+    if (changed < params_.size()) {
+      throw std::runtime_error("parameter " + std::to_string(changed) +
+                               " changed its dtype, shape or strides while perturbed, and cannot be restored");
+    }
+    for_tensors(params_.size(), [&](size_t t) { tables_.view.w[t] = operand(params_[t]); });
   }
 
   // Gradients as autograd left them. One that is written must share the parameter's layout: a copy that does replaces
-  // it.
+  // it. Copies are made outside of the threads.
   void bind_gradients(Operand* row, bool written) {
-    for (size_t t = 0; t < params_.size(); ++t) {
+    std::atomic<bool> unusable{false}, converts{false};
+    for_tensors(params_.size(), [&](size_t t) {
+      const Tensor &p = params_[t], &grad = p.grad();
+      row[t] = {};
+      if (!grad.defined()) return;
+      if (!is_usable(grad)) {
+        unusable = true;
+      } else if (same_layout(grad, p)) {
+        row[t] = operand(grad);
+      } else {
+        converts = true;
+      }
+    });
+    if (unusable) check_gradients();
+    for (size_t t = 0; converts && t < params_.size(); ++t) {
       const Tensor& p = params_[t];
       Tensor& grad = p.mutable_grad();
-      row[t] = {};
-      if (!grad.defined()) continue;
-      if (grad.layout() != at::kStrided || !is_supported(grad.scalar_type())) {
-        throw py::type_error("the gradient of parameter " + std::to_string(t) + ", shape " + c10::str(grad.sizes()) +
-                             ", is " + c10::str(grad.layout()) + " " + c10::str(grad.scalar_type()) +
-                             "; samkern needs dense real gradients (for embeddings: sparse=False)");
-      }
-      if (written && !same_layout(grad, p))
-        grad = at::empty_strided(p.sizes(), p.strides(), grad.options()).copy_(grad);
+      if (!grad.defined() || row[t].address != nullptr) continue;
+      if (written) grad = at::empty_strided(p.sizes(), p.strides(), grad.options()).copy_(grad);
       row[t] = operand_like(grad, p, copies_);
     }
   }
 
+  void bind_first() {
+    for (size_t t = 0; t < params_.size(); ++t) {
+      tables_.view.first[t] = first_[t].defined() ? operand_like(first_[t], params_[t], copies_) : Operand{};
+    }
+  }
+
   void bind_row(Operand* row, const std::vector<Tensor>& tensors) {
-    for (size_t t = 0; t < tensors.size(); ++t) row[t] = tensors[t].defined() ? operand(tensors[t]) : Operand{};
+    for_tensors(tensors.size(), [&](size_t t) { row[t] = tensors[t].defined() ? operand(tensors[t]) : Operand{}; });
   }
 
   // Room for the saved weights of every tensor that is about to be perturbed, kept from step to step.
@@ -282,11 +343,11 @@ class Plan {
     auto perturbs = [&](size_t t) {
       return plan.first[t].address != nullptr && plan.numel[t] > 0 && groups.at(plan.group[t]).rho > 0;
     };
-    auto room = [&](size_t t) { return (params_[t].nbytes() + kAlign - 1) / kAlign * kAlign; };
-    size_t n_bytes = 0;
+    auto room = [&](size_t t) { return (plan.numel[t] * size_of(plan.w[t].dtype) + kAlign - 1) / kAlign * kAlign; };
+    int64_t n_bytes = 0;
     for (size_t t = 0; t < params_.size(); ++t) n_bytes += perturbs(t) && slots_[t] == nullptr ? room(t) : 0;
     if (n_bytes > 0) {
-      arenas_.push_back(at::empty({static_cast<int64_t>(n_bytes)}, at::kByte));
+      arenas_.push_back(at::empty({n_bytes}, at::kByte));
       auto* next = static_cast<char*>(arenas_.back().mutable_data_ptr());
       for (size_t t = 0; t < params_.size(); ++t) {
         if (!perturbs(t) || slots_[t] != nullptr) continue;
@@ -299,27 +360,25 @@ class Plan {
     }
   }
 
-  void written() {
-    for (const Tensor& p : params_) bump_version(p);
-  }
-
   void finish() {
-    perturbed_ = false;
-    written();
-    first_.assign(params_.size(), Tensor());
-    for (size_t t = 0; t < params_.size(); ++t) tables_.view.saved[t] = {};
+    for_tensors(params_.size(), [&](size_t t) {
+      bump_version(params_[t]);
+      tables_.view.saved[t] = tables_.view.first[t] = {};
+    });
+    if (kept_) first_.assign(params_.size(), Tensor());
+    perturbed_ = kept_ = false;
   }
 
   py::list objects_;
   std::vector<Tensor> params_;
   Tables tables_;
-  std::vector<Layout> layouts_;
+  Layouts layouts_;
   std::vector<Tensor> first_, state1_, state2_, step_, cache_;
   std::vector<void*> slots_;
   std::vector<Tensor> arenas_, copies_;
   BoundState bound_;
   Tensor cache_norm_, fresh_, skips_;
-  bool perturbed_ = false;
+  bool perturbed_ = false, kept_ = false;
 };
 
 }  // namespace
@@ -334,7 +393,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init<const py::list&, std::vector<int32_t>, at::Tensor, at::Tensor, at::Tensor>(), py::arg("params"),
            py::arg("group"), py::arg("cache_norm"), py::arg("fresh"), py::arg("skips"))
       .def_property_readonly("perturbed", &Plan::perturbed)
-      .def("matches", &Plan::matches)
+      .def("fits", &Plan::fits)
+      .def("holds", &Plan::holds)
       .def("bind_state", &Plan::bind_state)
       .def("bind_cache", &Plan::bind_cache)
       .def("missing_state", &Plan::missing_state)

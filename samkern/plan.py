@@ -64,8 +64,11 @@ class TensorPlan(Protocol):
     def perturbed(self) -> bool:
         """Whether weights are away from ``saved``."""
 
-    def matches(self, groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> bool:
-        """Whether the groups' parameters and the bound state are still those that the plan holds."""
+    def fits(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether the groups' parameters, and their layouts, are still those that the plan was made for."""
+
+    def holds(self, state: Mapping[Any, Any]) -> bool:
+        """Whether the base's state is still the one that was bound."""
 
     def bind_state(self, state: Mapping[Any, Any], keys: Sequence[str]) -> None:
         """Takes the base's state: for each parameter a dict that may have ``keys`` (first moment, second moment, step)."""
@@ -74,10 +77,14 @@ class TensorPlan(Protocol):
         """Gives parameter ``index`` its cache."""
 
     def missing_state(self, needed: Sequence[bool]) -> list[int]:
-        """Parameters that have a gradient, are in a group that needs state, and have none."""
+        """Parameters that have a gradient, are in a group that needs state, and have none.
+
+        Raises:
+            TypeError: there are such, and a gradient of any parameter is sparse or complex.
+        """
 
     def missing_cache(self) -> list[int]:
-        """Parameters that have a gradient and no cache."""
+        """Parameters that have a gradient and no cache. Raises as ``missing_state`` does."""
 
     def perturb(self, climbs: Sequence[ClimbGroup], keep: bool, report: Tensor) -> None:
         """First half-step. Takes ``p.grad`` away, and holds on to it if ``keep``."""

@@ -45,11 +45,13 @@ class ReferencePlan:
         self.bind_state({}, ())
         self.perturbed = False
 
-    def matches(self, groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> bool:
+    def fits(self, groups: list[dict[str, Any]]) -> bool:
         params = [p for group in groups for p in group["params"]]
         same_params = len(params) == len(self._params) and all(map(operator.is_, params, self._params))
-        same_state = all(map(operator.is_, self._values_of(state), self._bound))
-        return same_params and same_state and self._layouts == _layouts(params)
+        return same_params and self._layouts == _layouts(params)
+
+    def holds(self, state: Mapping[Any, Any]) -> bool:
+        return all(map(operator.is_, self._values_of(state), self._bound))
 
     def bind_state(self, state: Mapping[Any, Any], keys: Sequence[str]) -> None:
         self._state, self._keys = state, keys
@@ -64,12 +66,12 @@ class ReferencePlan:
     def missing_state(self, needed: Sequence[bool]) -> list[int]:
         return [
             i
-            for i, p in enumerate(self._params)
-            if p.grad is not None and needed[self._group[i]] and self._keys[0] not in self._state.get(p, {})
+            for i in self._gradients()
+            if needed[self._group[i]] and self._keys[0] not in self._state.get(self._params[i], {})
         ]
 
     def missing_cache(self) -> list[int]:
-        return [i for i, p in enumerate(self._params) if p.grad is not None and i not in self._cache]
+        return [i for i in self._gradients() if i not in self._cache]
 
     def perturb(self, climbs: Sequence[ClimbGroup], keep: bool, report: Tensor) -> None:
         grads = self._gradients()

@@ -170,11 +170,14 @@ void stream_fence() {
 }
 
 int64_t last_level_cache() {
+  static const int64_t n_bytes = [] {  // asked once: in virtual machines the question is slow
 #if defined(_SC_LEVEL3_CACHE_SIZE)
-  const long reported = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  if (reported > 0) return reported;
+    const long reported = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (reported > 0) return static_cast<int64_t>(reported);
 #endif
-  return 32 << 20;
+    return int64_t{32} << 20;
+  }();
+  return n_bytes;
 }
 
 }  // namespace samkern::cpu

@@ -67,7 +67,8 @@ class OptimizerAround(Optimizer):
 
     def options(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Our options of a group, by their plain names."""
-        return {name: group[key] for name, key in self._keys.items()}
+        # The base's own load_state_dict may have put groups in place that never had them.
+        return {name: group.get(key, self.defaults[key]) for name, key in self._keys.items()}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the new group may override our options. Between the two halves of a step it raises."""

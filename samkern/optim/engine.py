@@ -167,6 +167,7 @@ class SharpnessAware(OptimizerAround):
         """
         if self.share_rng:
             raise RuntimeError("share_rng=True needs step(closure): first_step() comes after the first pass has drawn")
+        self.require_idle("first_step()")
         try:
             return self._first_half(keep=not zero_grad)
         except BaseException:
@@ -201,7 +202,6 @@ class SharpnessAware(OptimizerAround):
         self._finish()
 
     def _first_half(self, keep: bool) -> bool:
-        self.require_idle("first_step()")
         plan = self._keeper.plan()
         looks = self.schedule.look(self._t)
         report = torch.zeros(len(Report), dtype=torch.float64, device=self._keeper.kept.skips.device)

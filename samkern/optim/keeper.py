@@ -59,14 +59,12 @@ class PlanKeeper:
         """A plan that fits what is in place now. ``in_step``: weights are perturbed, so it must be the one we have.
 
         Raises:
-            RuntimeError: within a step, parameters or the base's state were replaced.
+            RuntimeError: within a step, parameters or the backend were replaced.
         """
         resolved, plan = self.resolved(), self._plan
-        if plan is None or resolved != self._resolved or not plan.matches(self.base.param_groups, self.base.state):
+        if plan is None or resolved != self._resolved or not plan.fits(self.base.param_groups):
             if in_step and plan is not None and plan.perturbed:
-                raise RuntimeError(
-                    "parameters, the base's state or the backend changed between the two passes of a step"
-                )
+                raise RuntimeError("parameters or the backend changed between the two passes of a step")
             plan = self._build(resolved)
         return plan
 
@@ -80,7 +78,7 @@ class PlanKeeper:
         if with_cache:
             self._create_caches(plan)
         rule, _ = fused_rule(self.base)
-        if rule is not self._rule:
+        if rule is not self._rule or not plan.holds(self.base.state):
             self._bind(plan, rule)
         if rule is not None:
             missing = plan.missing_state([rule.needs_state(group) for group in self.base.param_groups])
@@ -125,8 +123,9 @@ class PlanKeeper:
         """The base's, without momentum buffers that no step has written yet: torch has none before the first step."""
         state_dict = self.base.state_dict()
         for i in self.kept.fresh.nonzero().flatten().tolist():
-            state = state_dict["state"].get(i, {})
-            state_dict["state"][i] = {key: value for key, value in state.items() if key != "momentum_buffer"}
+            state = state_dict["state"].pop(i, {})
+            if others := {key: value for key, value in state.items() if key != "momentum_buffer"}:
+                state_dict["state"][i] = others
         return state_dict
 
     def restore_precision(self, state_dict: Mapping[str, Any]) -> None:
@@ -143,6 +142,8 @@ class PlanKeeper:
         params = parameters_of(self.base)
         check_parameters(params, names_of(self.base))
         self.kept = self.kept.for_parameters(params)
+        for p, cache in self.kept.cache.items():
+            self.kept.cache[p] = fitted(cache, p, self._cache_dtype(p))
         group_of = [i for i, group in enumerate(self.base.param_groups) for _ in group["params"]]
         plan = make_plan(resolved if all(map(is_dense, params)) else "reference", params, group_of, self.kept)
         self._bind(plan, fused_rule(self.base)[0])
