@@ -244,7 +244,7 @@ class Plan {
     copies_.clear();
     bind_weights();
     bind_gradients(plan.grad, hands_over);
-    std::copy_n(plan.grad, hands_over ? params_.size() : 0, plan.out);
+    for (size_t t = 0; t < params_.size(); ++t) plan.out[t] = hands_over ? plan.grad[t] : Operand{};
     if (options.mix.mix == Mix::kDecompose) bind_first();
     if (options.mix.mix != Mix::kGradient) bind_row(plan.cache, cache_);
     if (options.base != Base::kNone) bind_row(plan.state1, state1_);
@@ -279,12 +279,15 @@ class Plan {
 
   void check_gradients() const {
     for (size_t t = 0; t < params_.size(); ++t) {
-      const Tensor& grad = params_[t].grad();
-      if (!grad.defined() || is_usable(grad)) continue;
-      throw py::type_error("the gradient of parameter " + std::to_string(t) + ", shape " + c10::str(grad.sizes()) +
-                           ", is " + c10::str(grad.layout()) + " " + c10::str(grad.scalar_type()) +
-                           "; samkern needs dense real gradients (for embeddings: sparse=False)");
+      if (params_[t].grad().defined() && !is_usable(params_[t].grad())) refuse_gradient(t);
     }
+  }
+
+  [[noreturn]] void refuse_gradient(size_t t) const {
+    const Tensor& grad = params_[t].grad();
+    throw py::type_error("the gradient of parameter " + std::to_string(t) + ", shape " + c10::str(grad.sizes()) +
+                         ", is " + c10::str(grad.layout()) + " " + c10::str(grad.scalar_type()) +
+                         "; samkern needs dense real gradients (for embeddings: sparse=False)");
   }
 
   static bool is_usable(const Tensor& grad) {
@@ -301,27 +304,17 @@ class Plan {
   }
 
   // Gradients as autograd left them. One that is written must share the parameter's layout: a copy that does replaces
-  // it. Copies are made outside of the threads.
+  // it. On one thread: this one has just made them, and has their headers in its cache.
   void bind_gradients(Operand* row, bool written) {
-    std::atomic<bool> unusable{false}, converts{false};
-    for_tensors(params_.size(), [&](size_t t) {
-      const Tensor &p = params_[t], &grad = p.grad();
-      row[t] = {};
-      if (!grad.defined()) return;
-      if (!is_usable(grad)) {
-        unusable = true;
-      } else if (same_layout(grad, p)) {
-        row[t] = operand(grad);
-      } else {
-        converts = true;
-      }
-    });
-    if (unusable) check_gradients();
-    for (size_t t = 0; converts && t < params_.size(); ++t) {
+    for (size_t t = 0; t < params_.size(); ++t) {
       const Tensor& p = params_[t];
       Tensor& grad = p.mutable_grad();
-      if (!grad.defined() || row[t].address != nullptr) continue;
-      if (written) grad = at::empty_strided(p.sizes(), p.strides(), grad.options()).copy_(grad);
+      row[t] = {};
+      if (!grad.defined()) continue;
+      if (!is_usable(grad)) refuse_gradient(t);
+      if (written && !same_layout(grad, p)) {
+        grad = at::empty_strided(p.sizes(), p.strides(), grad.options()).copy_(grad);
+      }
       row[t] = operand_like(grad, p, copies_);
     }
   }
@@ -389,6 +382,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Native side of samkern: list ops in torch.ops.samkern, and the Plan.";
   TORCH_INTERNAL_ASSERT(samkern::kReportFields.size() == samkern::kNReport);
   m.attr("report_fields") = py::tuple(py::cast(samkern::kReportFields));
+  m.def("lists_fit", samkern::lists_fit);
   py::class_<Plan>(m, "Plan")
       .def(py::init<const py::list&, std::vector<int32_t>, at::Tensor, at::Tensor, at::Tensor>(), py::arg("params"),
            py::arg("group"), py::arg("cache_norm"), py::arg("fresh"), py::arg("skips"))

@@ -44,6 +44,19 @@ bool same_layout(const at::Tensor& a, const at::Tensor& b) {
   return true;
 }
 
+bool lists_fit(const std::vector<std::vector<at::Tensor>>& lists, size_t n_written) {
+  for (size_t k = 0; k < lists.size(); ++k) {
+    if (lists[k].size() != lists[0].size()) return false;
+    for (size_t t = 0; t < lists[k].size(); ++t) {
+      const at::Tensor &x = lists[k][t], &like = lists[0][t];
+      if (x.layout() != at::kStrided || !x.is_cpu() || !is_supported(x.scalar_type())) return false;
+      if (x.sizes() != like.sizes()) return false;
+      if (k < n_written && !(x.is_non_overlapping_and_dense() && same_layout(x, like))) return false;
+    }
+  }
+  return true;
+}
+
 Operand operand(const at::Tensor& x) {
   static char empty;  // an empty tensor has no memory, but it is there
   return {x.numel() > 0 ? x.mutable_data_ptr() : &empty, dtype_of(x)};

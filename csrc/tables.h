@@ -19,6 +19,10 @@ bool is_supported(at::ScalarType dtype);
 // Same shape and, where a dimension has more than one entry, same strides: element i of one is element i of the other.
 bool same_layout(const at::Tensor& a, const at::Tensor& b);
 
+// Whether list ops take these lists as they are: equally long, shapes of the first, on the CPU, supported dtypes; those
+// that are written also dense and in the first one's layout. A quick yes; samkern/ops.py finds out what is wrong.
+bool lists_fit(const std::vector<std::vector<at::Tensor>>& lists, size_t n_written);
+
 Operand operand(const at::Tensor& x);
 
 // As operand(), but x has the layout of `like`: copied into it if need be, and the copy is kept in `copies`.

@@ -294,6 +294,17 @@ def _implementation(
 ) -> Callable[..., Any]:
     """Checks the lists and returns the function that runs the pass on the backend for their device."""
     lists = {**writes, **reads}
+    first = next(iter(lists.values()))
+    if torch.compiler.is_compiling() or native is None or not native.lists_fit(list(lists.values()), len(writes)):
+        _check_lists(lists, writes)
+    resolved = resolve(first[0].device, backend) if first else "reference"
+    if resolved == "reference" or native is None:
+        function: Callable[..., Any] = getattr(reference, name)
+        return function
+    return _decompose if name == "decompose" else getattr(torch.ops.samkern, _OPS[name])
+
+
+def _check_lists(lists: Mapping[str, Tensors], writes: Mapping[str, Tensors]) -> None:
     first_name, first = next(iter(lists.items()))
     for list_name, tensors in lists.items():
         if len(tensors) != len(first):
@@ -302,11 +313,6 @@ def _implementation(
             )
         for i, (x, like) in enumerate(zip(tensors, first, strict=True)):
             _check_tensor(f"{list_name}[{i}]", x, like, written=list_name in writes)
-    resolved = resolve(first[0].device, backend) if first else "reference"
-    if resolved == "reference" or native is None:
-        function: Callable[..., Any] = getattr(reference, name)
-        return function
-    return _decompose if name == "decompose" else getattr(torch.ops.samkern, _OPS[name])
 
 
 def _check_tensor(what: str, x: Tensor, like: Tensor, *, written: bool) -> None:

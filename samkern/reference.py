@@ -84,7 +84,8 @@ def _filter_norms(w: Tensor) -> Tensor:
 
 def finite(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Whether per-tensor sums of squares are finite: beyond the largest fp32 counts as overflow, but for float64."""
-    limits = [torch.finfo(math_dtype(x.dtype)).max for x in tensors]
+    largest = {dtype: torch.finfo(math_dtype(dtype)).max for dtype in {x.dtype for x in tensors}}
+    limits = [largest[x.dtype] for x in tensors]
     return (sums.abs() <= torch.tensor(limits, dtype=torch.float64, device=sums.device)).all()
 
 

@@ -264,8 +264,10 @@ def test_between_the_passes(ask, backend):
     before = weights(net)
     closure_for(net, 2, opt.zero_grad)()
     assert opt.first_step()
+    perturbed = weights(net)
     with pytest.raises(RuntimeError, match=r"between first_step\(\) and second_step\(\)"):
         ask(net, opt)
+    assert same_bits(weights(net), perturbed)
     opt.restore()
     assert same_bits(weights(net), before)
     assert all(p.grad is not None for p in (net.conv.weight, net.head.bias))
@@ -305,6 +307,24 @@ def test_a_sparse_gradient_is_refused_with_the_weights_as_they_were(half, backen
         opt.step(closure)
     assert same_bits(weights(table), before)
     assert opt.evaluations == 0
+
+
+def test_a_sparse_gradient_leaves_no_state_behind(backend):
+    """The other parameter's first state and cache are not created for a step that is refused."""
+    table, bias = nn.Embedding(5, 3, sparse=True), nn.Parameter(torch.ones(3))
+    opt = samkern.LookSAM([bias, table.weight], torch.optim.AdamW, lr=0.1, backend=backend)
+    calls = []
+
+    def closure():
+        calls.append(1)
+        table.sparse = len(calls) == 2
+        opt.zero_grad()
+        (table(torch.tensor([1, 2])) * bias).sum().backward()
+
+    with pytest.raises(TypeError, match="gradient of parameter 1"):
+        opt.step(closure)
+    assert not opt.state_dict()["state"]
+    assert not opt.state_dict()["samkern"]["cache"]
 
 
 @each_method
@@ -362,3 +382,17 @@ def test_parameters_replaced_between_the_passes(backend):
     assert same_bits(weights(net), before)
     group["params"] = params
     train(net, opt, range(1, 3))
+
+
+def test_state_replaced_between_the_passes(backend):
+    """The update uses the state that is there when it runs."""
+    p = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    opt = samkern.SAM([p], torch.optim.SGD, lr=0.1, momentum=0.5, backend=backend)
+    opt.step(lambda: setattr(p, "grad", torch.ones(3, dtype=torch.float64)))
+    before = p.detach().clone()
+    p.grad = torch.ones(3, dtype=torch.float64)
+    opt.first_step()
+    opt.state[p]["momentum_buffer"] = torch.full((3,), 8.0, dtype=torch.float64)
+    p.grad = torch.ones(3, dtype=torch.float64)
+    opt.second_step()
+    assert torch.allclose(p.detach(), before - 0.1 * (0.5 * 8.0 + 1.0), rtol=1e-14)

@@ -340,10 +340,11 @@ def test_parameters_that_are_frozen_and_thawed(backend):
     assert not same_bits(weights(net.conv), frozen)
 
 
-def test_weights_that_are_moved_or_cast_between_steps(backend):
-    """p.data may get new memory, another dtype, another layout."""
+@pytest.mark.parametrize("name", ["SAM", "LookSAM"])
+def test_weights_that_are_moved_or_cast_between_steps(name, backend):
+    """p.data may get new memory, another dtype, another layout: state and caches follow."""
     net = make_net(torch.float32)
-    opt = SAM.make(net.parameters(), MOMENTUM, backend=backend)
+    opt = method_named(name).make(net.parameters(), MOMENTUM, backend=backend)
     train(net, opt, range(2), torch.float32)
     for p in net.parameters():
         p.data = p.data.clone()
@@ -358,3 +359,23 @@ def test_weights_that_are_moved_or_cast_between_steps(backend):
     net.double()
     train(net, opt, range(8, 10), torch.float64)
     assert opt.state[net.head.weight]["momentum_buffer"].dtype == torch.float64
+
+
+def test_the_base_may_load_a_plain_checkpoint_itself(backend):
+    """Its groups then lack our options: those of the constructor hold."""
+    net, twin = make_net(), make_net()
+    opt = samkern.LookSAM(net.parameters(), torch.optim.SGD, rho=0.3, alpha=0.4, k=2, lr=0.1, backend=backend)
+    other = samkern.LookSAM(twin.parameters(), torch.optim.SGD, rho=0.3, alpha=0.4, k=2, lr=0.1, backend=backend)
+    opt.base.load_state_dict(torch.optim.SGD(net.parameters(), lr=0.1).state_dict())
+    train(net, opt, range(3))
+    train(twin, other, range(3))
+    assert same_bits(weights(net), weights(twin))
+
+
+def test_a_buffer_that_was_never_written_is_not_in_the_checkpoint(backend):
+    """A first step that was skipped leaves what torch's SGD has before its first step: nothing."""
+    p = nn.Parameter(torch.ones(3))
+    opt = samkern.SAM([p], torch.optim.SGD, lr=0.1, momentum=0.9, backend=backend)
+    opt.step(lambda: setattr(p, "grad", torch.full((3,), torch.nan)))
+    assert opt.skips == 1
+    assert opt.state_dict()["state"] == {}

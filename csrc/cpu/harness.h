@@ -47,6 +47,14 @@ inline Span span(const PlanView& plan, int32_t chunk) {
   return {chunk, tensor, at, std::min(kChunk, plan.numel[tensor] - at)};
 }
 
+// Whether the filters of a tensor lie side by side and are so short that a call for each would take longer than its
+// work.
+inline bool has_short_filters(const PlanView& plan, int32_t tensor) {
+  constexpr int64_t kShort = 64;
+  const Filters& filters = plan.filters[tensor];
+  return filters.stride <= kShort && filters.count * filters.stride == plan.numel[tensor];
+}
+
 // Calls body(part) for every part in [0, n_parts), on the pool's threads.
 template <typename Body>
 void for_parts(const Pool& pool, int64_t n_parts, const Body& body) {

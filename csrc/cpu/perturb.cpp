@@ -29,11 +29,17 @@ template <typename T>
 void climb_filters(const PlanView& plan, int32_t tensor, int64_t at, const T* w, const T* g, int64_t n, double scale,
                    double eta, T* climbed) {
   const Filters& filters = plan.filters[tensor];
+  const bool is_short = has_short_filters(plan, tensor);
   for (int64_t done = 0; done < n;) {
     const int64_t run = (at + done) / filters.stride;
     const int64_t step = std::min(n - done, (run + 1) * filters.stride - (at + done));
     const double t = std::sqrt(plan.filter_ww[filters.first + run % filters.count]) + eta;
-    climb_range(w + done, g + done, step, static_cast<T>(scale * (t * t)), climbed + done);
+    const T scale_f = static_cast<T>(scale * (t * t));
+    if (is_short) {
+      for (int64_t i = done; i < done + step; ++i) climbed[i] = math::climb(w[i], g[i], scale_f);
+    } else {
+      climb_range(w + done, g + done, step, scale_f, climbed + done);
+    }
     done += step;
   }
 }

@@ -70,14 +70,36 @@ void reduce_filter(const PlanView& plan, const Operand& a, int32_t tensor, int64
   plan.filter_aa[filters.first + filter] = aa;
 }
 
+// The same for neighbouring filters that are too short for a call each.
+template <typename T>
+void reduce_short_filters(const PlanView& plan, const Operand& a, const FilterRun& run) {
+  const Filters& filters = plan.filters[run.tensor];
+  const int64_t per_block = kBlock / filters.stride, end = run.first + run.count;
+  T buffer_w[kBlock], buffer_a[kBlock];
+  for (int64_t f = run.first; f < end; f += per_block) {
+    const int64_t count = std::min(per_block, end - f), at = f * filters.stride, n = count * filters.stride;
+    const T *w = read(plan.w[run.tensor], at, n, buffer_w), *values = read(a, at, n, buffer_a);
+    for (int64_t i = 0; i < count; ++i) {
+      double ww = 0, aa = 0;
+      for (int64_t j = i * filters.stride; j < (i + 1) * filters.stride; ++j) {
+        ww += static_cast<double>(w[j]) * w[j];
+        aa += static_cast<double>(values[j]) * values[j];
+      }
+      plan.filter_ww[filters.first + f + i] = ww;
+      plan.filter_aa[filters.first + f + i] = aa;
+    }
+  }
+}
+
 void reduce_filters(const PlanView& plan, const ReduceOptions& options, const Pool& pool) {
   for_parts(pool, plan.n_filter_runs, [&](int64_t index) {
     const FilterRun& run = plan.filter_runs[index];
     if (climb_for(plan, options, run.tensor) != Climb::kFilter) return;
+    const Operand& a = options.a[run.tensor];
     with_math_type(plan.w[run.tensor].dtype, [&](auto zero) {
-      for (int64_t f = run.first; f < run.first + run.count; ++f) {
-        reduce_filter<decltype(zero)>(plan, options.a[run.tensor], run.tensor, f);
-      }
+      using T = decltype(zero);
+      if (has_short_filters(plan, run.tensor)) return reduce_short_filters<T>(plan, a, run);
+      for (int64_t f = run.first; f < run.first + run.count; ++f) reduce_filter<T>(plan, a, run.tensor, f);
     });
   });
 }
