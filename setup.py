@@ -17,6 +17,7 @@ SOURCES = [
     "bindings.cpp",
     "ops.cpp",
     "tables.cpp",
+    "device_tables.cpp",
     *(f"cpu/{name}.cpp" for name in ("convert", "sums", "reduce", "perturb", "update")),
 ]
 # No fast math anywhere, and no contraction: the passes are bitwise the same on every instruction set and backend.

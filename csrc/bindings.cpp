@@ -4,11 +4,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <unordered_map>
 
 #include "cpu/launchers.h"
+#include "device_tables.h"
 #include "tables.h"
 
 namespace py = pybind11;
@@ -17,13 +19,18 @@ namespace samkern {
 namespace {
 
 using at::Tensor;
-using ClimbTuple = std::tuple<int32_t, double, double, double>;  // climb, rho, eta, trust_clip
-using BaseTuple = std::tuple<double, double, double, double, bool, double, double, double>;
+// climb, rho, eta, trust_clip, rho on the device
+using ClimbTuple = std::tuple<int32_t, double, double, double, std::optional<Tensor>>;
+// lr, weight_decay, momentum, dampening, nesterov, beta1, beta2, eps, lr on the device
+using BaseTuple =
+    std::tuple<double, double, double, double, bool, double, double, double, std::optional<Tensor>>;
 using MixTuple =
     std::tuple<int32_t, int32_t, double, std::vector<double>>;  // mix, scope, min_sine, alpha of each group
 
 const std::vector<std::string> kReportFields = {"grad_norm",     "second_norm",    "update_norm",   "perturb_norm",
                                                 "realised_norm", "realised_share", "skipped_first", "skipped_second"};
+
+std::optional<DeviceFunctions> device_functions;  // as samkern._cuda left them
 
 void bump_version(const Tensor& x) {
   if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
@@ -117,10 +124,10 @@ class Layouts {
 // zero_grad() and weights may; what Python replaced behind the plan's back is found by fits() and holds().
 class Plan {
  public:
-  Plan(const py::list& params, std::vector<int32_t> group, Tensor cache_norm, Tensor fresh, Tensor skips)
+  Plan(const py::list& params, std::vector<int32_t> group, Tensor cache_norm, Tensor fresh, Tensor skips, bool on_device)
       : objects_(params),
         params_(params.cast<std::vector<Tensor>>()),
-        tables_(params_, std::move(group)),
+        tables_(params_, std::move(group), on_device ? kDeviceChunk : kChunk),
         layouts_(params_),
         first_(params_.size()),
         state1_(params_.size()),
@@ -132,6 +139,7 @@ class Plan {
         fresh_(std::move(fresh)),
         skips_(std::move(skips)) {
     tables_.view.fresh = fresh_.mutable_data_ptr<uint8_t>();
+    if (on_device) device_.emplace(tables_, params_[0].device(), functions());
   }
 
   bool perturbed() const { return perturbed_; }
@@ -180,8 +188,8 @@ class Plan {
   // a mix that reads them and to be put back by restore().
   void perturb(const std::vector<ClimbTuple>& climbs, bool keep, const Tensor& report) {
     std::vector<ClimbGroup> groups;
-    for (const auto& [climb, rho, eta, trust_clip] : climbs) {
-      groups.push_back({static_cast<Climb>(climb), rho, eta, trust_clip});
+    for (const auto& [climb, rho, eta, trust_clip, on_device] : climbs) {
+      groups.push_back({static_cast<Climb>(climb), scalar(rho, on_device, "rho"), eta, trust_clip});
       if (groups.back().climb == Climb::kFilter) tables_.use_filters();
     }
     PlanView& plan = tables_.view;
@@ -189,9 +197,17 @@ class Plan {
     bind_weights();
     bind_gradients(plan.first, /*written=*/false);
     bind_saved(groups);
+    PerturbOptions options{.climbs = groups.data(),
+                           .n_groups = static_cast<int32_t>(groups.size()),
+                           .report = report.mutable_data_ptr<double>()};
+    const Tensor table = table_of(groups, options.climb_table);
     {
       py::gil_scoped_release unlocked;
-      cpu::perturb(plan, {.climbs = groups.data(), .report = report.mutable_data_ptr<double>()}, torch_pool());
+      if (device_) {
+        functions().perturb(device_->upload(plan), options, index());
+      } else {
+        cpu::perturb(plan, options, torch_pool());
+      }
     }
     perturbed_ = true;
     kept_ = keep;
@@ -199,7 +215,6 @@ class Plan {
       const Tensor& p = params_[t];
       bump_version(p);
       Tensor& grad = p.mutable_grad();
-      plan.first[t] = {};  // update() binds those that it reads
       if (keep) {
         first_[t] = std::move(grad);
       } else {
@@ -214,7 +229,11 @@ class Plan {
     bind_weights();
     {
       py::gil_scoped_release unlocked;
-      cpu::restore(tables_.view, torch_pool());
+      if (device_) {
+        functions().restore(device_->upload(tables_.view), index());
+      } else {
+        cpu::restore(tables_.view, torch_pool());
+      }
     }
     for (size_t t = 0; t < params_.size(); ++t) params_[t].mutable_grad() = first_[t];
     finish();
@@ -223,28 +242,32 @@ class Plan {
   void update(int32_t base, const std::vector<BaseTuple>& base_groups, const MixTuple& mix, bool looked, bool check,
               double max_grad_norm, const Tensor& report) {
     const auto& [kind, scope, min_sine, alpha] = mix;
-    cpu::UpdateOptions options;
+    UpdateOptions options;
     options.base = static_cast<Base>(base);
     options.looked = looked;
     options.check = check;
-    options.mix = {static_cast<Mix>(kind), static_cast<Scope>(scope), min_sine, alpha.data(),
-                   cache_norm_.mutable_data_ptr<double>()};
+    options.restores = perturbed_;
+    options.mix = {static_cast<Mix>(kind), static_cast<Scope>(scope), min_sine, cache_norm_.mutable_data_ptr<double>()};
     options.max_grad_norm = max_grad_norm;
     options.report = report.mutable_data_ptr<double>();
     options.skips = skips_.mutable_data_ptr<int64_t>();
     std::vector<BaseGroup> groups;
-    for (const auto& [lr, weight_decay, momentum, dampening, nesterov, beta1, beta2, eps] : base_groups) {
-      groups.push_back({lr, weight_decay, momentum, dampening, nesterov, beta1, beta2, eps});
+    for (const auto& [lr, weight_decay, momentum, dampening, nesterov, beta1, beta2, eps, on_device] : base_groups) {
+      groups.push_back(
+          {scalar(lr, on_device, "lr"), weight_decay, momentum, dampening, nesterov, beta1, beta2, eps, /*alpha=*/0});
     }
+    groups.resize(std::max(groups.size(), alpha.size()));
+    for (size_t g = 0; g < alpha.size(); ++g) groups[g].alpha = alpha[g];
     options.groups = groups.data();
-
-    const bool hands_over = options.base == Base::kNone && (max_grad_norm > 0 || options.mix.mix == Mix::kReuse);
+    options.n_groups = static_cast<int32_t>(groups.size());
+    const Tensor table = table_of(groups, options.group_table);
+    options.hands_over = options.base == Base::kNone && (max_grad_norm > 0 || options.mix.mix == Mix::kReuse);
     const bool adam = options.base == Base::kAdam || options.base == Base::kAdamW;
     PlanView& plan = tables_.view;
     copies_.clear();
     bind_weights();
-    bind_gradients(plan.grad, hands_over);
-    for (size_t t = 0; t < params_.size(); ++t) plan.out[t] = hands_over ? plan.grad[t] : Operand{};
+    bind_gradients(plan.grad, options.hands_over);
+    if (options.base == Base::kNone) std::copy_n(plan.grad, params_.size(), plan.out);
     if (options.mix.mix == Mix::kDecompose) bind_first();
     if (options.mix.mix != Mix::kGradient) bind_row(plan.cache, cache_);
     if (options.base != Base::kNone) bind_row(plan.state1, state1_);
@@ -252,12 +275,48 @@ class Plan {
     if (adam) bind_row(plan.step, step_);
     {
       py::gil_scoped_release unlocked;
-      cpu::update(plan, options, torch_pool());
+      if (device_) {
+        functions().update(device_->upload(plan), options, index());
+      } else {
+        cpu::update(plan, options, torch_pool());
+      }
     }
     finish();
   }
 
  private:
+  static const DeviceFunctions& functions() {
+    TORCH_CHECK(device_functions.has_value(), "samkern._cuda is not loaded");
+    return *device_functions;
+  }
+
+  int index() const { return params_[0].get_device(); }
+
+  Scalar scalar(double host, const std::optional<Tensor>& on_device, const char* name) const {
+    if (!on_device) return {host, nullptr};
+    TORCH_CHECK_VALUE(on_device->scalar_type() == at::kFloat && on_device->numel() == 1 &&
+                          on_device->device() == params_[0].device(),
+                      name, " must be a float32 tensor of one entry on ", params_[0].device(), ", got ",
+                      on_device->scalar_type(), " ", on_device->sizes(), " on ", on_device->device());
+    return {host, on_device->const_data_ptr<float>()};
+  }
+
+  // A number that only the device knows may be positive.
+  static bool is_positive(const Scalar& x) { return x.device != nullptr || x.host > 0; }
+
+  // A copy of the groups on the device, if a launch cannot carry them.
+  template <typename Group>
+  Tensor table_of(const std::vector<Group>& groups, const Group*& table) const {
+    constexpr size_t kCarried = 64;
+    if (!device_ || groups.size() <= kCarried) return {};
+    TORCH_CHECK(!functions().is_capturing(index()), "a graph cannot be recorded with more than ", kCarried,
+                " param groups, got ", groups.size());
+    const auto n_bytes = static_cast<int64_t>(groups.size() * sizeof(Group));
+    Tensor copy = at::from_blob(const_cast<Group*>(groups.data()), {n_bytes}, at::kByte).to(params_[0].device());
+    table = reinterpret_cast<const Group*>(copy.const_data_ptr());
+    return copy;
+  }
+
   // A parameter whose layout is no longer what the tables say, or their number.
   size_t changed_layout() const {
     std::atomic<size_t> changed{params_.size()};
@@ -317,11 +376,26 @@ class Plan {
       }
       row[t] = operand_like(grad, p, copies_);
     }
+    tables_.view.common_dtype = common_dtype(row);
+  }
+
+  // The one dtype of all weights and of the gradients in `row`, for which a GPU has kernels of its own; or -1.
+  int32_t common_dtype(const Operand* row) const {
+    const PlanView& plan = tables_.view;
+    for (size_t t = 0; t < params_.size(); ++t) {
+      const bool same = plan.w[t].dtype == plan.w[0].dtype;
+      if (!same || (row[t].address != nullptr && row[t].dtype != plan.w[0].dtype)) return -1;
+    }
+    return static_cast<int32_t>(plan.w[0].dtype);
   }
 
   void bind_first() {
     for (size_t t = 0; t < params_.size(); ++t) {
-      tables_.view.first[t] = first_[t].defined() ? operand_like(first_[t], params_[t], copies_) : Operand{};
+      Operand& first = tables_.view.first[t];
+      first = first_[t].defined() ? operand_like(first_[t], params_[t], copies_) : Operand{};
+      if (first.address != nullptr && static_cast<int32_t>(first.dtype) != tables_.view.common_dtype) {
+        tables_.view.common_dtype = -1;
+      }
     }
   }
 
@@ -334,13 +408,13 @@ class Plan {
     constexpr int64_t kAlign = 64;
     PlanView& plan = tables_.view;
     auto perturbs = [&](size_t t) {
-      return plan.first[t].address != nullptr && plan.numel[t] > 0 && groups.at(plan.group[t]).rho > 0;
+      return plan.first[t].address != nullptr && plan.numel[t] > 0 && is_positive(groups.at(plan.group[t]).rho);
     };
     auto room = [&](size_t t) { return (plan.numel[t] * size_of(plan.w[t].dtype) + kAlign - 1) / kAlign * kAlign; };
     int64_t n_bytes = 0;
     for (size_t t = 0; t < params_.size(); ++t) n_bytes += perturbs(t) && slots_[t] == nullptr ? room(t) : 0;
     if (n_bytes > 0) {
-      arenas_.push_back(at::empty({n_bytes}, at::kByte));
+      arenas_.push_back(at::empty({n_bytes}, params_[0].options().dtype(at::kByte)));
       auto* next = static_cast<char*>(arenas_.back().mutable_data_ptr());
       for (size_t t = 0; t < params_.size(); ++t) {
         if (!perturbs(t) || slots_[t] != nullptr) continue;
@@ -354,10 +428,7 @@ class Plan {
   }
 
   void finish() {
-    for_tensors(params_.size(), [&](size_t t) {
-      bump_version(params_[t]);
-      tables_.view.saved[t] = tables_.view.first[t] = {};
-    });
+    for_tensors(params_.size(), [&](size_t t) { bump_version(params_[t]); });
     if (kept_) first_.assign(params_.size(), Tensor());
     perturbed_ = kept_ = false;
   }
@@ -365,6 +436,7 @@ class Plan {
   py::list objects_;
   std::vector<Tensor> params_;
   Tables tables_;
+  std::optional<DeviceTables> device_;
   Layouts layouts_;
   std::vector<Tensor> first_, state1_, state2_, step_, cache_;
   std::vector<void*> slots_;
@@ -383,9 +455,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   TORCH_INTERNAL_ASSERT(samkern::kReportFields.size() == samkern::kNReport);
   m.attr("report_fields") = py::tuple(py::cast(samkern::kReportFields));
   m.def("lists_fit", samkern::lists_fit);
+  m.def("use_device_functions", [](const py::capsule& functions) {
+    samkern::device_functions = *functions.get_pointer<samkern::DeviceFunctions>();
+  });
   py::class_<Plan>(m, "Plan")
-      .def(py::init<const py::list&, std::vector<int32_t>, at::Tensor, at::Tensor, at::Tensor>(), py::arg("params"),
-           py::arg("group"), py::arg("cache_norm"), py::arg("fresh"), py::arg("skips"))
+      .def(py::init<const py::list&, std::vector<int32_t>, at::Tensor, at::Tensor, at::Tensor, bool>(), py::arg("params"),
+           py::arg("group"), py::arg("cache_norm"), py::arg("fresh"), py::arg("skips"), py::arg("on_device") = false)
       .def_property_readonly("perturbed", &Plan::perturbed)
       .def("fits", &Plan::fits)
       .def("holds", &Plan::holds)

@@ -4,8 +4,6 @@
 // foreign memory.
 #include <torch/library.h>
 
-#include <limits>
-
 #include "cpu/launchers.h"
 #include "tables.h"
 
@@ -14,8 +12,6 @@ namespace {
 
 using at::Tensor;
 using at::TensorList;
-
-constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
 
 // One call of a list op: tables over its first list, operands bound row by row.
 class Call {
@@ -87,7 +83,7 @@ Tensor norms(TensorList a, TensorList b, TensorList w, c10::string_view weightin
   if (!b.empty()) call.reads(plan.first, b, "b");
   if (!w.empty()) call.reads(plan.w, w, "w");
   call.use_filters();
-  const ClimbGroup group{climb_named(weighting), 1, eta, 0};
+  const ClimbGroup group{climb_named(weighting), {1}, eta, 0};
   TORCH_CHECK_VALUE(group.climb == Climb::kEuclidean || !w.empty(), "weighting ", weighting, " needs w");
   cpu::reduce(plan, {.a = plan.grad, .b = b.empty() ? nullptr : plan.first, .climbs = &group, .weights = !w.empty()},
               torch_pool());
@@ -101,7 +97,7 @@ void perturb_(TensorList w, TensorList g, TensorList saved, const Tensor& scale,
               double eta) {
   Call call(w);
   PlanView& plan = call.view();
-  const ClimbGroup group{climb_named(direction), 1, eta, 0};
+  const ClimbGroup group{climb_named(direction), {1}, eta, 0};
   call.reads(plan.first, g, "g");
   call.writes(plan.w, w, "w");
   call.writes(plan.saved, saved, "saved");
@@ -133,7 +129,7 @@ void decompose_(TensorList c, TensorList g, TensorList g_s, const Tensor& k, Ten
   const auto n = static_cast<int64_t>(c.size());
   TORCH_CHECK_VALUE(cc.scalar_type() == at::kDouble && cc.numel() == n + 1 && cc.is_contiguous(),
                     "cc must be contiguous float64 with ", n + 1, " entries, got ", cc.scalar_type(), " ", cc.sizes());
-  cpu::UpdateOptions options;
+  UpdateOptions options;
   options.mix.mix = Mix::kDecompose;
   cpu::update_apply(plan, options, {}, torch_pool());
   std::copy_n(plan.sums_of(kCC), n + 1, cc.mutable_data_ptr<double>());
@@ -141,7 +137,7 @@ void decompose_(TensorList c, TensorList g, TensorList g_s, const Tensor& k, Ten
 }
 
 // Sets u = A a + B b, and reads A and B.
-void bind_mix(Call& call, cpu::UpdateOptions& options, TensorList b, const std::optional<Tensor>& coeff_a,
+void bind_mix(Call& call, UpdateOptions& options, TensorList b, const std::optional<Tensor>& coeff_a,
               const std::optional<Tensor>& coeff_b) {
   if (b.empty()) return;
   TORCH_CHECK_VALUE(coeff_a && coeff_b, "a second list needs both coefficients");
@@ -153,15 +149,16 @@ void bind_mix(Call& call, cpu::UpdateOptions& options, TensorList b, const std::
 
 void combine_(TensorList u, TensorList a, TensorList b, const Tensor& coeff_a, const Tensor& coeff_b) {
   Call call(u);
-  cpu::UpdateOptions options;
+  UpdateOptions options;
   call.reads(call.view().grad, a, "a");
   bind_mix(call, options, b, coeff_a, coeff_b);
   call.writes(call.view().out, u, "u");
+  options.hands_over = true;
   cpu::update_apply(call.view(), options, {}, torch_pool());
 }
 
 // What all base updates share: w from saved, u from its parts, clip factor and skip flag.
-cpu::Applied bind_update(Call& call, cpu::UpdateOptions& options, TensorList w, TensorList u, TensorList saved,
+cpu::Applied bind_update(Call& call, UpdateOptions& options, TensorList w, TensorList u, TensorList saved,
                          TensorList cache, const std::optional<Tensor>& coeff_a, const std::optional<Tensor>& coeff_b,
                          const std::optional<Tensor>& clip, const std::optional<Tensor>& skip) {
   call.reads(call.view().grad, u, "u");
@@ -176,8 +173,8 @@ void update_sgd_(TensorList w, TensorList u, TensorList momentum_buffer, TensorL
                  const std::optional<Tensor>& clip, const std::optional<Tensor>& skip, double lr, double momentum,
                  double dampening, double weight_decay, bool nesterov, const std::optional<Tensor>& first) {
   Call call(w);
-  const BaseGroup group{lr, weight_decay, momentum, dampening, nesterov, kUnknown, kUnknown, kUnknown};
-  cpu::UpdateOptions options;
+  const BaseGroup group{.lr = {lr}, .weight_decay = weight_decay, .momentum = momentum, .dampening = dampening, .nesterov = nesterov};
+  UpdateOptions options;
   options.base = Base::kSgd;
   options.groups = &group;
   const cpu::Applied applied = bind_update(call, options, w, u, saved, cache, coeff_a, coeff_b, clip, skip);
@@ -195,8 +192,8 @@ void update_adam(TensorList w, TensorList u, TensorList exp_avg, TensorList exp_
                  const std::optional<Tensor>& skip, double lr, double beta1, double beta2, double eps,
                  double weight_decay) {
   Call call(w);
-  const BaseGroup group{lr, weight_decay, kUnknown, kUnknown, false, beta1, beta2, eps};
-  cpu::UpdateOptions options;
+  const BaseGroup group{.lr = {lr}, .weight_decay = weight_decay, .beta1 = beta1, .beta2 = beta2, .eps = eps};
+  UpdateOptions options;
   options.base = base;
   options.groups = &group;
   const cpu::Applied applied = bind_update(call, options, w, u, saved, cache, coeff_a, coeff_b, clip, skip);

@@ -3,11 +3,7 @@
 #pragma once
 #include <cmath>
 
-#if defined(__CUDACC__)
-#define SAMKERN_INLINE __host__ __device__ __forceinline__
-#else
-#define SAMKERN_INLINE inline __attribute__((always_inline))
-#endif
+#include "inline.h"
 
 namespace samkern::math {
 

@@ -2,15 +2,20 @@
 #pragma once
 #include <cstdint>
 
+#include "inline.h"
+
 namespace samkern {
 
 // Elements of one tensor that are summed together. Fixed, so that a sum never depends on the device or the number of
 // threads: every chunk has its own partial sum, and partial sums are added in the order of the chunks.
 constexpr int64_t kChunk = 1 << 16;
 
+// The same on a GPU, where a list of ordinary size has to keep some hundred blocks busy.
+constexpr int64_t kDeviceChunk = 1 << 14;
+
 enum class Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
+SAMKERN_INLINE constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
 // The storage of one tensor in one role. No address: this tensor plays no such role in this call.
 struct Operand {
@@ -54,16 +59,19 @@ struct PlanView {
   const int64_t* chunk_cost;    // [n_chunks + 1] work before each chunk, to share chunks out evenly
   const int32_t* first_chunk;   // [n_tensors + 1]
   const FilterRun* filter_runs;
-  int32_t n_tensors, n_chunks, n_filter_runs;
+  const int32_t* block_begin;  // [n_blocks + 1] chunks of each block of a grid; only on a GPU
+  int32_t n_tensors, n_chunks, n_filter_runs, n_blocks;
+  int32_t common_dtype;  // the Dtype of all weights and gradients, or -1
 
   double* partials;   // [n_chunks][kNSums]
   double* sums;       // [kNSums][n_tensors + 1]: per tensor, then over all
   double* coeffs;     // [kNCoeffs][n_tensors]
   double* filter_ww;  // [all filters] sum of w^2
   double* filter_aa;  // [all filters] sum of a^2
+  uint32_t* arrivals;  // blocks of a grid that are done, 0 between launches; only on a GPU
 
-  double* sums_of(Sum which) const { return sums + static_cast<int64_t>(which) * (n_tensors + 1); }
-  double* coeffs_of(Coeff which) const { return coeffs + static_cast<int64_t>(which) * n_tensors; }
+  SAMKERN_INLINE double* sums_of(Sum which) const { return sums + static_cast<int64_t>(which) * (n_tensors + 1); }
+  SAMKERN_INLINE double* coeffs_of(Coeff which) const { return coeffs + static_cast<int64_t>(which) * n_tensors; }
 };
 
 // How a group is perturbed: eps = scale * direction. Values are shared with samkern/optim/perturbation.py.
@@ -78,13 +86,22 @@ enum class Climb : int32_t {
   kTrust,      // rho min(norm(w_i) / norm(g_i), trust_clip) g_i / norm(g)
 };
 
+// A hyper-parameter. `device` wins if there is one: a captured graph reads it anew in every replay.
+struct Scalar {
+  double host = 0;
+  const float* device = nullptr;
+};
+
+SAMKERN_INLINE double value(const Scalar& x) { return x.device != nullptr ? static_cast<double>(*x.device) : x.host; }
+
 struct ClimbGroup {
-  Climb climb;
-  double rho, eta, trust_clip;  // rho = 0: not perturbed
+  Climb climb = Climb::kEuclidean;
+  Scalar rho;  // 0: not perturbed
+  double eta = 0, trust_clip = 0;
 };
 
 // The climb of one tensor: with one-entry filters, filter-wise means element-wise.
-inline Climb climb_of(const ClimbGroup& group, const Filters& filters) {
+SAMKERN_INLINE Climb climb_of(const ClimbGroup& group, const Filters& filters) {
   return group.climb == Climb::kFilter && filters.count == 0 ? Climb::kElement : group.climb;
 }
 
@@ -101,17 +118,18 @@ struct MixOptions {
   Mix mix = Mix::kGradient;
   Scope scope = Scope::kGlobal;
   double min_sine = 0;            // a cache no longer than this share of norm(grad) is rounding residue: never reused
-  const double* alpha = nullptr;  // [n_groups]
   double* cache_norm = nullptr;   // [n_tensors + 1] per tensor, then over all; kept between steps; 0: not to be reused
 };
 
 enum class Base : int32_t { kNone, kSgd, kAdam, kAdamW };
 
 struct BaseGroup {
-  double lr, weight_decay;
-  double momentum, dampening;  // SGD
-  bool nesterov;
-  double beta1, beta2, eps;  // Adam, AdamW
+  Scalar lr;
+  double weight_decay = 0;
+  double momentum = 0, dampening = 0;  // SGD
+  bool nesterov = false;
+  double beta1 = 0, beta2 = 0, eps = 0;  // Adam, AdamW
+  double alpha = 0;                      // weight of a reused cache
 };
 
 // What a step tells about itself: one row of doubles on the device of the parameters, read only when somebody asks.

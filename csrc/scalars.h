@@ -22,14 +22,14 @@ SAMKERN_INLINE double over_squared(double x, double norm_sq) { return norm_sq > 
 
 // s of one tensor in eps = s * direction. `norm` is norm(T g) over all perturbed tensors; ww, gg are this tensor's.
 SAMKERN_INLINE double climb_scale(const ClimbGroup& group, double ww, double gg, double norm) {
-  const double global = group.rho / (norm + kTiny);
-  if (group.climb == Climb::kSign) return group.rho;
+  const double global = value(group.rho) / (norm + kTiny);
+  if (group.climb == Climb::kSign) return value(group.rho);
   if (group.climb == Climb::kLayer) {
     const double t = std::sqrt(ww) + group.eta;
     return global * (t * t);
   }
   if (group.climb == Climb::kLars || group.climb == Climb::kLayerSign) {
-    return gg > 0 ? group.rho * std::sqrt(ww) / (std::sqrt(gg) + kTiny) : 0;
+    return gg > 0 ? value(group.rho) * std::sqrt(ww) / (std::sqrt(gg) + kTiny) : 0;
   }
   if (group.climb == Climb::kTrust) {
     const double trust = std::sqrt(ww) / (std::sqrt(gg) + kTiny);

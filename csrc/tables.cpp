@@ -68,7 +68,8 @@ Operand operand_like(const at::Tensor& x, const at::Tensor& like, std::vector<at
   return operand(copies.back());
 }
 
-Tables::Tables(at::TensorList like, std::vector<int32_t> group) : group_(std::move(group)) {
+Tables::Tables(at::TensorList like, std::vector<int32_t> group, int64_t chunk)
+    : group_(std::move(group)), chunk_(chunk) {
   const auto n = static_cast<int64_t>(like.size());
   first_chunk_.push_back(0);
   chunk_cost_.push_back(0);
@@ -76,8 +77,9 @@ Tables::Tables(at::TensorList like, std::vector<int32_t> group) : group_(std::mo
 
   Operand** rows[] = {&view.w,      &view.grad,   &view.first, &view.saved, &view.cache,
                       &view.state1, &view.state2, &view.step,  &view.out};
-  operands_.resize(std::size(rows) * n);
-  for (size_t row = 0; row < std::size(rows); ++row) *rows[row] = operands_.data() + row * n;
+  static_assert(std::size(rows) == kNRows);
+  operands_.resize(kNRows * n);
+  for (size_t row = 0; row < kNRows; ++row) *rows[row] = operands_.data() + row * n;
   for (int64_t t = 0; t < n; ++t) view.w[t].dtype = dtype_of(like[t]);
   fresh_.resize(n);
   view.fresh = fresh_.data();
@@ -98,7 +100,7 @@ Tables::Tables(at::TensorList like, std::vector<int32_t> group) : group_(std::mo
   view.partials = workspace_.data();
   view.sums = view.partials + kNSums * static_cast<int64_t>(view.n_chunks);
   view.coeffs = view.sums + kNSums * (n + 1);
-  view.filter_ww = view.filter_aa = nullptr;
+  view.common_dtype = -1;
 }
 
 void Tables::use_filters() {
@@ -110,10 +112,10 @@ void Tables::use_filters() {
 void Tables::add_tensor(const at::Tensor& like, int32_t index) {
   const int64_t numel = like.numel();
   numel_.push_back(numel);
-  for (int64_t at = 0; at < numel; at += kChunk) {
+  for (int64_t at = 0; at < numel; at += chunk_) {
     chunk_tensor_.push_back(index);
-    chunk_index_.push_back(static_cast<int32_t>(at / kChunk));
-    chunk_cost_.push_back(chunk_cost_.back() + kChunkOverhead + std::min(kChunk, numel - at));
+    chunk_index_.push_back(static_cast<int32_t>(at / chunk_));
+    chunk_cost_.push_back(chunk_cost_.back() + kChunkOverhead + std::min(chunk_, numel - at));
   }
   first_chunk_.push_back(static_cast<int32_t>(chunk_tensor_.size()));
 
@@ -124,7 +126,7 @@ void Tables::add_tensor(const at::Tensor& like, int32_t index) {
   const int64_t count = like.size(0), stride = count > 1 ? like.stride(0) : numel;
   filters_.push_back({count, stride, n_filters_});
   n_filters_ += count;
-  const int64_t per_run = std::max<int64_t>(1, kChunk / (numel / count));
+  const int64_t per_run = std::max<int64_t>(1, chunk_ / (numel / count));
   for (int64_t first = 0; first < count; first += per_run) {
     filter_runs_.push_back({index, first, std::min(per_run, count - first)});
   }

@@ -28,17 +28,21 @@ Operand operand(const at::Tensor& x);
 // As operand(), but x has the layout of `like`: copied into it if need be, and the copy is kept in `copies`.
 Operand operand_like(const at::Tensor& x, const at::Tensor& like, std::vector<at::Tensor>& copies);
 
+constexpr size_t kNRows = 9;  // of operands in a PlanView
+
 class Tables {
  public:
-  // `like`: dense tensors whose shapes and layouts all operands share. `group`: row of options of each.
-  Tables(at::TensorList like, std::vector<int32_t> group);
+  // `like`: dense tensors whose shapes and layouts all operands share. `group`: row of options of each. `chunk`: elements.
+  Tables(at::TensorList like, std::vector<int32_t> group, int64_t chunk = kChunk);
   Tables(const Tables&) = delete;
   Tables& operator=(const Tables&) = delete;
 
   // Allocates the tables of filters, which only a filter-wise climb reads.
   void use_filters();
 
-  PlanView view;
+  size_t n_filters() const { return static_cast<size_t>(n_filters_); }
+
+  PlanView view{};
 
  private:
   void add_tensor(const at::Tensor& like, int32_t index);
@@ -50,7 +54,7 @@ class Tables {
   std::vector<Filters> filters_;
   std::vector<FilterRun> filter_runs_;
   std::vector<double> workspace_, filter_sums_;
-  int64_t n_filters_ = 0;
+  int64_t n_filters_ = 0, chunk_;
 };
 
 }  // namespace samkern

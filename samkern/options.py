@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
+from torch import Tensor
+
 
 class Climb(IntEnum):
     """How a group is perturbed: ``eps = scale * direction``."""
@@ -41,12 +43,13 @@ class Report(IntEnum):
 
 
 class ClimbGroup(NamedTuple):
-    """How one param group is perturbed. ``rho = 0``: not at all."""
+    """How one param group is perturbed. ``rho = 0``: not at all. ``rho_on_device``, if given, wins over ``rho``."""
 
     climb: Climb
     rho: float
     eta: float = 0.0
     trust_clip: float = math.inf
+    rho_on_device: Tensor | None = None
 
 
 class MixOptions(NamedTuple):
@@ -59,7 +62,7 @@ class MixOptions(NamedTuple):
 
 
 class BaseGroup(NamedTuple):
-    """Options of a fused base update for one param group."""
+    """Options of a fused base update for one param group. ``lr_on_device``, if given, wins over ``lr``."""
 
     lr: float
     weight_decay: float = 0.0
@@ -69,3 +72,4 @@ class BaseGroup(NamedTuple):
     beta1: float = 0.0
     beta2: float = 0.0
     eps: float = 0.0
+    lr_on_device: Tensor | None = None

@@ -11,7 +11,8 @@ Both read ``p.grad`` anew every time. A plan is cheap to throw away: what has to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -87,7 +88,7 @@ class TensorPlan(Protocol):
         """Parameters that have a gradient and no cache. Raises as ``missing_state`` does."""
 
     def perturb(self, climbs: Sequence[ClimbGroup], keep: bool, report: Tensor) -> None:
-        """First half-step. Takes ``p.grad`` away, and holds on to it if ``keep``."""
+        """First half-step. Takes ``p.grad`` away, and holds on to it if ``keep``. Writes all of ``report``."""
 
     def restore(self) -> None:
         """Undoes ``perturb``: weights bitwise, and gradients if they were kept."""
@@ -102,13 +103,15 @@ class TensorPlan(Protocol):
         max_grad_norm: float,
         report: Tensor,
     ) -> None:
-        """Second half-step. ``max_grad_norm = 0``: no clipping."""
+        """Second half-step. ``max_grad_norm = 0``: no clipping. Writes all of ``report`` unless ``looked``."""
 
 
 def make_plan(backend: str, params: list[Tensor], group: list[int], kept: Kept) -> TensorPlan:
     """A plan over ``params`` (of param group ``group[i]`` each) on ``backend``, which is one that serves them."""
-    implementation = native.Plan if backend == "cpu" and native is not None else ReferencePlan
-    plan: TensorPlan = implementation(params, group, kept.cache_norm, kept.fresh, kept.skips)
+    implementation: Callable[..., TensorPlan] = ReferencePlan
+    if native is not None and backend in ("cpu", "cuda"):
+        implementation = functools.partial(native.Plan, on_device=backend == "cuda")
+    plan = implementation(params, group, kept.cache_norm, kept.fresh, kept.skips)
     for i, p in enumerate(params):
         if p in kept.cache:
             plan.bind_cache(i, kept.cache[p])

@@ -75,6 +75,7 @@ class ReferencePlan:
 
     def perturb(self, climbs: Sequence[ClimbGroup], keep: bool, report: Tensor) -> None:
         grads = self._gradients()
+        report.zero_()
         scale, finite = self._climb_scales(grads, climbs, report)
         scale = torch.where(finite, scale, math.nan)
         chosen = [i for i in grads if climbs[self._group[i]].rho > 0]
@@ -106,6 +107,9 @@ class ReferencePlan:
         report: Tensor,
     ) -> None:
         grads = self._gradients()
+        if not looked:
+            report.zero_()
+            report[Report.REALISED_SHARE] = math.nan
         sums = self._pair_sums(grads, mix.mix)
         grad_sq = sums[2] if mix.mix == Mix.DECOMPOSE else sums[0]
         skip = report[Report.SKIPPED_FIRST] != 0
@@ -156,7 +160,7 @@ class ReferencePlan:
         norm = tt[-1].sqrt()
         scale = torch.zeros_like(aa)
         for i in grads:
-            climb, rho, eta, trust_clip = climbs[self._group[i]]
+            climb, rho, eta, trust_clip, _ = climbs[self._group[i]]
             name = climb.name.lower()
             scale[i] = reference.climb_scale(name, rho, ww[i], aa[i], norm, eta=eta, trust_clip=trust_clip)
         finite = torch.stack([reference.finite(row[:-1], self._params) for row in (aa, ww, tt)]).all()
@@ -271,7 +275,7 @@ class ReferencePlan:
             if base == Base.NONE:
                 self._hand_over(p, grads[i], parts)
                 continue
-            lr, weight_decay, momentum, dampening, nesterov, beta1, beta2, eps = groups[self._group[i]]
+            lr, weight_decay, momentum, dampening, nesterov, beta1, beta2, eps, _ = groups[self._group[i]]
             state = [[self._state[p][key]] if p in self._state else [] for key in self._keys]
             if base == Base.SGD:
                 options: dict[str, Any] = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}

@@ -1,6 +1,6 @@
 // The CPU kernels. Each works on the host view of a plan, needs its operands set there, and returns when it is done.
 #pragma once
-#include "../plan.h"
+#include "../half_steps.h"
 #include "harness.h"
 
 namespace samkern::cpu {
@@ -16,11 +16,6 @@ struct ReduceOptions {
 // zero.
 void reduce(const PlanView& plan, const ReduceOptions& options, const Pool& pool);
 
-struct PerturbOptions {
-  const ClimbGroup* climbs;  // [n_groups]
-  double* report;            // [kNReport]
-};
-
 // Half-step: norms of plan.first, saved = w, w = w + eps for every tensor with an address in plan.saved. A gradient
 // that is not finite leaves w as it is; saved is written all the same, so that the update need not know.
 void perturb(const PlanView& plan, const PerturbOptions& options, const Pool& pool);
@@ -32,19 +27,8 @@ void perturb_apply(const PlanView& plan, const PerturbOptions& options, const Po
 // w = saved, for every tensor with an address in plan.saved.
 void restore(const PlanView& plan, const Pool& pool);
 
-struct UpdateOptions {
-  Base base = Base::kNone;
-  const BaseGroup* groups = nullptr;  // [n_groups]
-  MixOptions mix;
-  bool looked = false;       // plan.grad was taken at w + eps
-  bool check = true;         // skip the step if plan.grad is not finite
-  double max_grad_norm = 0;  // 0: no clipping
-  double* report = nullptr;  // [kNReport], as perturb left it if the step looked
-  int64_t* skips = nullptr;  // counts skipped steps
-};
-
 // Half-step: norms of plan.grad, restore, mix, write the cache, clip, base update. Tensors without a gradient are only
-// restored; so are all when the step is skipped. Base::kNone writes u to plan.out where that has an address.
+// restored; so are all when the step is skipped.
 void update(const PlanView& plan, const UpdateOptions& options, const Pool& pool);
 
 struct Applied {

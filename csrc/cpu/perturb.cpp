@@ -145,6 +145,7 @@ void perturb(const PlanView& plan, const PerturbOptions& options, const Pool& po
     const double scale = scalars::climb_scale(options.climbs[plan.group[t]], ww[t], gg[t], norm);
     plan.coeffs_of(kScale)[t] = finite ? scale : NAN;
   }
+  std::fill_n(options.report, static_cast<int>(kNReport), 0.0);
   options.report[kGradNorm] = std::sqrt(gg[n]);
   options.report[kPerturbNorm] = norm;
   options.report[kSkippedFirst] = finite ? 0 : 1;

@@ -16,7 +16,7 @@ SAMKERN_CLONES void weigh_range(const T* w, const T* g, int64_t n, T eta, T* __r
 Climb climb_for(const PlanView& plan, const ReduceOptions& options, int32_t tensor) {
   if (options.climbs == nullptr || options.a[tensor].address == nullptr) return Climb::kEuclidean;
   const ClimbGroup& group = options.climbs[plan.group[tensor]];
-  return group.rho > 0 ? climb_of(group, plan.filters[tensor]) : Climb::kEuclidean;
+  return value(group.rho) > 0 ? climb_of(group, plan.filters[tensor]) : Climb::kEuclidean;
 }
 
 bool scales_by_weights(Climb climb) {
@@ -124,7 +124,7 @@ void fold(const PlanView& plan, const ReduceOptions& options) {
     if (options.climbs != nullptr) {
       const ClimbGroup& group = options.climbs[plan.group[tensor]];
       if (climb_for(plan, options, tensor) == Climb::kFilter) fold_filters(plan, tensor, group.eta, sums);
-      sums[kTT] = group.rho > 0 ? scalars::weighted_sq(group, sums[kWW], sums[kAA], sums[kTT]) : 0;
+      sums[kTT] = value(group.rho) > 0 ? scalars::weighted_sq(group, sums[kWW], sums[kAA], sums[kTT]) : 0;
     }
     for (int s = 0; s < kNSums; ++s) {
       plan.sums_of(static_cast<Sum>(s))[tensor] = sums[s];

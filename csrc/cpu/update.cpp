@@ -51,7 +51,8 @@ class ChunkUpdate {
         options_(options),
         clip_(static_cast<T>(applied.clip)),
         t_(tensor),
-        streamed_(streamed && plan.saved[tensor].address != nullptr) {}
+        saved_(options.restores && plan.saved[tensor].address != nullptr),
+        streamed_(streamed && saved_) {}
 
   void run(const Span& chunk) {
     double cache_sq = 0;
@@ -90,10 +91,10 @@ class ChunkUpdate {
   // Base step on clip * u, from the saved weights if they are perturbed.
   void step(const T* u, int64_t at, int64_t n) {
     const Operand& w = plan_.w[t_];
-    const Operand& source = plan_.saved[t_].address != nullptr ? plan_.saved[t_] : w;
+    const Operand& source = saved_ ? plan_.saved[t_] : w;
     if (options_.base == Base::kNone) {
-      if (plan_.saved[t_].address != nullptr) copy(w, source, at, n, streamed_);
-      if (plan_.out[t_].address != nullptr) hand_over(u, at, n);
+      if (saved_) copy(w, source, at, n, streamed_);
+      if (options_.hands_over) hand_over(u, at, n);
       return;
     }
     const T* old = read(source, at, n, old_);
@@ -115,7 +116,7 @@ class ChunkUpdate {
 
   void sgd(const BaseGroup& group, const T* old, const T* u, int64_t at, int64_t n, T* updated) {
     const bool fresh = plan_.fresh[t_] != 0;
-    const math::Sgd<T> o{.lr = static_cast<T>(group.lr),
+    const math::Sgd<T> o{.lr = static_cast<T>(value(group.lr)),
                          .weight_decay = static_cast<T>(group.weight_decay),
                          .momentum = static_cast<T>(group.momentum),
                          .keep = fresh ? T{0} : static_cast<T>(group.momentum),
@@ -131,7 +132,7 @@ class ChunkUpdate {
   void adam(const BaseGroup& group, const T* old, const T* u, int64_t at, int64_t n, T* updated) {
     const bool decoupled = options_.base == Base::kAdamW;
     const math::Adam<T> o{.weight_decay = static_cast<T>(decoupled ? 0 : group.weight_decay),
-                          .decay = static_cast<T>(decoupled ? 1 - group.lr * group.weight_decay : 1),
+                          .decay = static_cast<T>(decoupled ? 1 - value(group.lr) * group.weight_decay : 1),
                           .gain1 = static_cast<T>(1 - group.beta1),
                           .beta2 = static_cast<T>(group.beta2),
                           .gain2 = static_cast<T>(1 - group.beta2),
@@ -157,7 +158,7 @@ class ChunkUpdate {
   const UpdateOptions& options_;
   const T clip_;
   const int32_t t_;
-  const bool streamed_;
+  const bool saved_, streamed_;
   T grad_[kBlock], other_[kBlock], mixed_[kBlock], old_[kBlock], new_[kBlock], state1_[kBlock], state2_[kBlock];
 };
 
@@ -196,7 +197,7 @@ void advance_steps(const PlanView& plan, const UpdateOptions& options) {
       previous = step;
       previous_group = plan.group[t];
     }
-    plan.coeffs_of(kStepSize)[t] = group.lr / bias1;
+    plan.coeffs_of(kStepSize)[t] = value(group.lr) / bias1;
     plan.coeffs_of(kBias2)[t] = std::sqrt(bias2);
   }
 }
@@ -248,7 +249,8 @@ bool finite(const PlanView& plan, const double* sums) {
 }
 
 // kProject, or kMixA and kMixB, from the sums over (first, grad) or (grad, cache).
-void mix_coeffs(const PlanView& plan, const MixOptions& mix) {
+void mix_coeffs(const PlanView& plan, const UpdateOptions& options) {
+  const MixOptions& mix = options.mix;
   const int32_t all = plan.n_tensors;
   const double *aa = plan.sums_of(kAA), *ab = plan.sums_of(kAB);
   for (int32_t t = 0; t < all; ++t) {
@@ -256,7 +258,7 @@ void mix_coeffs(const PlanView& plan, const MixOptions& mix) {
     if (mix.mix == Mix::kDecompose) plan.coeffs_of(kProject)[t] = scalars::over_squared(ab[scope], aa[scope]);
     if (mix.mix == Mix::kReuse) {
       plan.coeffs_of(kMixA)[t] = 1;
-      plan.coeffs_of(kMixB)[t] = scalars::reuse_coeff(mix.alpha[plan.group[t]], aa[scope], mix.cache_norm[scope]);
+      plan.coeffs_of(kMixB)[t] = scalars::reuse_coeff(options.groups[plan.group[t]].alpha, aa[scope], mix.cache_norm[scope]);
     }
   }
 }
@@ -281,16 +283,22 @@ void restore(const PlanView& plan, const Pool& pool) {
 }
 
 void update_apply(const PlanView& plan, const UpdateOptions& options, const Applied& applied, const Pool& pool) {
-  if (applied.skip) return restore(plan, pool);
+  if (applied.skip) {
+    if (options.restores) restore(plan, pool);
+    return;
+  }
   const bool decomposes = options.mix.mix == Mix::kDecompose;
   if (options.base == Base::kAdam || options.base == Base::kAdamW) advance_steps(plan, options);
-  const bool streamed = worth_streaming(plan);
+  const bool streamed = options.restores && worth_streaming(plan);
   for_chunks(plan, pool, Walk::kBackwards, [&](const Span& chunk) {
     const int32_t t = chunk.tensor;
     const bool has_grad = plan.grad[t].address != nullptr;
     if (decomposes && !has_grad) forget_cache(plan, chunk);
-    const bool only_restored = options.base == Base::kNone && plan.out[t].address == nullptr && !decomposes;
-    if (!has_grad || only_restored) return restore_chunk(plan, chunk, streamed);
+    const bool only_restored = options.base == Base::kNone && !options.hands_over && !decomposes;
+    if (!has_grad || only_restored) {
+      if (options.restores) restore_chunk(plan, chunk, streamed);
+      return;
+    }
     with_math_type(plan.w[t].dtype,
                    [&](auto zero) { ChunkUpdate<decltype(zero)>(plan, options, applied, t, streamed).run(chunk); });
   });
@@ -307,8 +315,12 @@ void update(const PlanView& plan, const UpdateOptions& options, const Pool& pool
   ReduceOptions wanted{.a = plan.grad};
   if (decomposes) wanted = {.a = plan.first, .b = plan.grad};
   if (reuses && clips) wanted.b = plan.cache;
+  if (!options.looked) {
+    std::fill_n(report, static_cast<int>(kNReport), 0.0);
+    report[kRealisedShare] = NAN;
+  }
   Applied applied{.skip = report[kSkippedFirst] != 0};
-  if (options.check || clips || decomposes || reuses) {
+  if (options.reduces()) {
     reduce(plan, wanted, pool);
     const double* grad_sq = plan.sums_of(decomposes ? kBB : kAA);
     if (options.check && !finite(plan, grad_sq)) {
@@ -316,7 +328,7 @@ void update(const PlanView& plan, const UpdateOptions& options, const Pool& pool
       applied.skip = true;
     }
     report[options.looked ? kSecondNorm : kGradNorm] = std::sqrt(grad_sq[plan.n_tensors]);
-    mix_coeffs(plan, mix);
+    mix_coeffs(plan, options);
     if (clips) {
       report[kUpdateNorm] = update_norm(plan, mix.mix, grad_sq);
       applied.clip = scalars::clip_factor(options.max_grad_norm, report[kUpdateNorm]);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,24 +56,35 @@ def fitted(value: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(value)
 
 
+def host_and_device(value: Any) -> tuple[float, Tensor | None]:
+    """A hyper-parameter as the kernels take it: a number, or a tensor on the device, which is never read here."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return math.nan, value
+    return float(value), None
+
+
 def _sgd_group(group: Mapping[str, Any]) -> BaseGroup:
+    lr, on_device = host_and_device(group["lr"])
     return BaseGroup(
-        float(group["lr"]),
+        lr,
         float(group["weight_decay"]),
         float(group["momentum"]),
         float(group["dampening"]),
         bool(group["nesterov"]),
+        lr_on_device=on_device,
     )
 
 
 def _adam_group(group: Mapping[str, Any]) -> BaseGroup:
     beta1, beta2 = group["betas"]
+    lr, on_device = host_and_device(group["lr"])
     return BaseGroup(
-        float(group["lr"]),
+        lr,
         float(group["weight_decay"]),
         beta1=float(beta1),
         beta2=float(beta2),
         eps=float(group["eps"]),
+        lr_on_device=on_device,
     )
 
 

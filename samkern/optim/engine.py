@@ -204,7 +204,7 @@ class SharpnessAware(OptimizerAround):
     def _first_half(self, keep: bool) -> bool:
         plan = self._keeper.plan()
         looks = self.schedule.look(self._t)
-        report = torch.zeros(len(Report), dtype=torch.float64, device=self._keeper.kept.skips.device)
+        report = torch.empty(len(Report), dtype=torch.float64, device=self._keeper.kept.skips.device)
         record = StepRecord(looks, 2 if looks else 1, self._has_gradients(), report)
         if looks:
             climbs = [self.perturbation.climb(self.options(group)) for group in self.param_groups]

@@ -1,0 +1,118 @@
+// The few features of a device that kernels use. Nothing below csrc/cuda calls CUDA in any other way, so that the tests
+// can compile the same kernels for the CPU, run every thread as a fiber, and shuffle who runs when (SAMKERN_ON_CPU).
+#pragma once
+#include <cstdint>
+
+namespace samkern::device {
+
+// Part of the arithmetic: the order in which a block adds depends on it.
+constexpr int kThreads = 512;
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kBlocksPerProcessor = 2;
+
+struct alignas(16) Bits16 {
+  uint32_t words[4];
+};
+
+// What a launcher is told about where to run. `one_launch`: the device lets all blocks of a grid wait for each other.
+struct Stream {
+  void* handle = nullptr;
+  bool one_launch = true;
+};
+
+}  // namespace samkern::device
+
+#if defined(SAMKERN_ON_CPU)
+#include "cuda_on_cpu.h"
+#else
+#include <cooperative_groups.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define SAMKERN_DEVICE __device__ __forceinline__
+#define SAMKERN_KERNEL \
+  __global__ void __launch_bounds__(samkern::device::kThreads, samkern::device::kBlocksPerProcessor)
+#define SAMKERN_ARGUMENT const __grid_constant__
+
+namespace samkern::device {
+
+SAMKERN_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+SAMKERN_DEVICE int block() { return static_cast<int>(blockIdx.x); }
+SAMKERN_DEVICE int n_blocks() { return static_cast<int>(gridDim.x); }
+
+// Every thread of the block must come; writes before it are seen by all of the block after it.
+SAMKERN_DEVICE void block_sync() { __syncthreads(); }
+
+// Every thread of a grid that was launched as one must come; writes before it are seen by all after it.
+SAMKERN_DEVICE void grid_sync() { cooperative_groups::this_grid().sync(); }
+
+// All 32 lanes must come.
+SAMKERN_DEVICE double shuffle_down(double x, int by) { return __shfl_down_sync(0xffffffffU, x, by); }
+SAMKERN_DEVICE double shuffle_from(double x, int lane) { return __shfl_sync(0xffffffffU, x, lane); }
+
+// N values that the block shares; one array for every type, size and id.
+template <typename T, int N, int id>
+SAMKERN_DEVICE T* shared() {
+  __shared__ T values[N];
+  return values;
+}
+
+// Counts up to `last` and then starts at 0 again. Returns the count before. Orders the caller's earlier writes before it.
+SAMKERN_DEVICE uint32_t arrive(uint32_t* counter, uint32_t last) {
+  __threadfence();
+  return atomicInc(counter, last);
+}
+
+// After the last arrival: what the others wrote before theirs is seen.
+SAMKERN_DEVICE void acquire() { __threadfence(); }
+
+// Reads what another block of this grid may have written: past the first-level cache.
+SAMKERN_DEVICE double read_shared(const double* x) { return __ldcg(x); }
+
+// Addresses in a table are generic to the compiler; these lie in global memory.
+template <typename T>
+SAMKERN_DEVICE T* in_global(T* x) {
+  __builtin_assume(__isGlobal(x));
+  return x;
+}
+
+SAMKERN_DEVICE Bits16 load16(const void* from) {
+  const uint4 x = *static_cast<const uint4*>(from);
+  return {{x.x, x.y, x.z, x.w}};
+}
+
+SAMKERN_DEVICE void store16(void* to, const Bits16& x) {
+  *static_cast<uint4*>(to) = make_uint4(x.words[0], x.words[1], x.words[2], x.words[3]);
+}
+
+// For what is not needed soon: evicted first.
+SAMKERN_DEVICE void store16_streamed(void* to, const Bits16& x) {
+  __stcs(static_cast<uint4*>(to), make_uint4(x.words[0], x.words[1], x.words[2], x.words[3]));
+}
+
+SAMKERN_DEVICE float half_to_float(uint16_t x) { return __half2float(__ushort_as_half(x)); }
+SAMKERN_DEVICE uint16_t float_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
+SAMKERN_DEVICE float as_float(uint32_t x) { return __uint_as_float(x); }
+SAMKERN_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
+
+// Starts `kernel` on the stream; `together`: as one grid whose blocks may wait for each other. Returns an error text or
+// null.
+template <typename Args>
+const char* launch(void (*kernel)(Args), const Args& args, int n_blocks, bool together, const Stream& stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(n_blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = static_cast<cudaStream_t>(stream.handle);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  config.attrs = &attribute;
+  config.numAttrs = together ? 1 : 0;
+  cudaError_t status = cudaLaunchKernelEx(&config, kernel, args);
+  if (status == cudaSuccess) status = cudaGetLastError();
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+}  // namespace samkern::device
+#endif

@@ -1,0 +1,12 @@
+// The GPU kernels: half-steps on a view in device memory, started on a stream. They return null, or why a launch failed.
+#pragma once
+#include "../half_steps.h"
+#include "device.h"
+
+namespace samkern::cuda {
+
+const char* perturb(const PlanView& plan, const PerturbOptions& options, const device::Stream& stream);
+const char* restore(const PlanView& plan, const device::Stream& stream);
+const char* update(const PlanView& plan, const UpdateOptions& options, const device::Stream& stream);
+
+}  // namespace samkern::cuda

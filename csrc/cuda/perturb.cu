@@ -1,0 +1,198 @@
+// perturb: saved = w;  w = w + scale * direction, with the norms of the gradient in front. One launch.
+#include "harness.cuh"
+#include "launchers.h"
+#include "start.cuh"
+
+namespace samkern::cuda {
+namespace {
+
+struct PerturbArgs {
+  PlanView plan;
+  Groups<ClimbGroup> climbs;
+  double* report;
+  int32_t phases;
+  bool together;  // in one launch
+};
+
+// What half-precision weights made of their perturbation: eps vanishes where it is below half a unit in the last place.
+enum Realised { kMovedSq, kMovedEps, kEpsSq, kNRealised };
+
+// Norms of one tensor, and its share in the norm that eps is divided by.
+SAMKERN_DEVICE void fold_phase(const PerturbArgs& args) {
+  const PlanView& plan = args.plan;
+  auto add = [&](int32_t t, int lane, int n_lanes, double(&sums)[kCC]) {
+    const ClimbGroup& group = group_of(args.climbs, plan, t);
+    add_partials(plan, t, lane, n_lanes, sums);
+    const bool filters = climb_for(plan, plan.first, t, &group) == Climb::kFilter;
+    if (filters) add_filters(plan, t, group.eta, lane, n_lanes, sums);
+  };
+  fold_tensors(plan, add, [&](int32_t t, const double(&sums)[kCC]) {
+    const ClimbGroup& group = group_of(args.climbs, plan, t);
+    const double tt = scalars::weighted_sq(group, sums[kWW], sums[kAA], sums[kTT]);
+    plan.sums_of(kAA)[t] = sums[kAA];
+    plan.sums_of(kWW)[t] = sums[kWW];
+    plan.sums_of(kTT)[t] = value(group.rho) > 0 ? tt : 0;
+  });
+}
+
+struct Decided {
+  bool finite;
+  double grad_norm, norm;
+};
+
+SAMKERN_DEVICE Decided decide(const PlanView& plan) {
+  double x[3] = {};
+  for (int32_t t = device::thread(); t < plan.n_tensors; t += device::kThreads) {
+    const Dtype dtype = plan.w[t].dtype;
+    const double gg = device::read_shared(plan.sums_of(kAA) + t), ww = device::read_shared(plan.sums_of(kWW) + t);
+    const double tt = device::read_shared(plan.sums_of(kTT) + t);
+    x[0] += gg;
+    x[1] += tt;
+    const bool finite = scalars::finite(gg, dtype) && scalars::finite(ww, dtype) && scalars::finite(tt, dtype);
+    x[2] += finite ? 0 : 1;
+  }
+  block_sum(x);
+  return {x[2] == 0, sqrt(x[0]), sqrt(x[1])};
+}
+
+// Filter-wise: T_f^2 is applied in double and rounded once.
+template <typename T, int N>
+SAMKERN_DEVICE void climb_filters(const PlanView& plan, int32_t tensor, int64_t at, double scale, double eta,
+                                  const T (&w)[N], const T (&g)[N], T (&climbed)[N]) {
+  const Filters filters = plan.filters[tensor];
+  const int64_t run = at / filters.stride;
+  int64_t filter = run % filters.count, in_run = at - run * filters.stride;
+  auto scale_of = [&] {
+    const double t = sqrt(device::read_shared(plan.filter_ww + filters.first + filter)) + eta;
+    return static_cast<T>(scale * (t * t));
+  };
+  T s = scale_of();
+  for (int k = 0; k < N; ++k) {
+    if (in_run == filters.stride) {
+      in_run = 0;
+      filter = filter + 1 == filters.count ? 0 : filter + 1;
+      s = scale_of();
+    }
+    climbed[k] = math::climb(w[k], g[k], s);
+    ++in_run;
+  }
+}
+
+template <typename T, int N>
+SAMKERN_DEVICE void climb(const PlanView& plan, Climb how, const ClimbGroup& group, double scale, int32_t tensor,
+                          int64_t at, const T (&w)[N], const T (&g)[N], T (&climbed)[N]) {
+  const T s = static_cast<T>(scale), eta = static_cast<T>(group.eta);
+  switch (how) {
+    case Climb::kFilter: return climb_filters(plan, tensor, at, scale, group.eta, w, g, climbed);
+    case Climb::kElement:
+      for (int k = 0; k < N; ++k) climbed[k] = math::climb_element(w[k], g[k], s, eta);
+      return;
+    case Climb::kSign:
+    case Climb::kLayerSign:
+      for (int k = 0; k < N; ++k) climbed[k] = math::climb_sign(w[k], g[k], s);
+      return;
+    default:
+      for (int k = 0; k < N; ++k) climbed[k] = math::climb(w[k], g[k], s);
+  }
+}
+
+template <Kind kind_w, Kind kind_g, typename T>
+SAMKERN_DEVICE void perturb_chunk(const PerturbArgs& args, const ClimbGroup& group, double scale, const Chunk& chunk) {
+  const PlanView& plan = args.plan;
+  const Operand w = plan.w[chunk.tensor], saved = plan.saved[chunk.tensor], first = plan.first[chunk.tensor];
+  const Climb how = climb_of(group, plan.filters[chunk.tensor]);
+  const bool half = size_of(w.dtype) == 2, climbs = std::isfinite(scale);
+  T moved_sq = 0, moved_eps = 0, eps_sq = 0;
+  for_block<kPack<T>>(chunk.n, aligned(w) && aligned(saved) && aligned(first), [&](auto width, int32_t i) {
+    constexpr int N = decltype(width)::value;
+    T values[N], g[N], climbed[N];
+    load_and_save<kind_w>(w, saved, chunk.at + i, values);
+    if (!climbs) return;
+    load<kind_g>(first, chunk.at + i, g);
+    climb(plan, how, group, scale, chunk.tensor, chunk.at + i, values, g, climbed);
+    store<kind_w>(w, chunk.at + i, climbed);
+    if (!half) return;
+    round_to<kind_w>(w, climbed, g);  // g is not needed any more
+    for (int k = 0; k < N; ++k) {
+      const T moved = g[k] - values[k], eps = climbed[k] - values[k];
+      moved_sq += moved * moved;
+      moved_eps += moved * eps;
+      eps_sq += eps * eps;
+    }
+  });
+  if (!half) return;
+  double realised[kNRealised] = {static_cast<double>(moved_sq), static_cast<double>(moved_eps),
+                                 static_cast<double>(eps_sq)};
+  block_sum(realised);
+  if (device::thread() != 0) return;
+  for (int s = 0; s < kNRealised; ++s) plan.partials[static_cast<int64_t>(chunk.index) * kNSums + s] = realised[s];
+}
+
+SAMKERN_DEVICE void report_realised(const PerturbArgs& args) {
+  const PlanView& plan = args.plan;
+  double sums[kNRealised] = {};
+  for (int32_t c = device::thread(); c < plan.n_chunks; c += device::kThreads) {
+    const int32_t t = plan.chunk_tensor[c];
+    if (plan.saved[t].address == nullptr || size_of(plan.w[t].dtype) != 2) continue;
+    for (int s = 0; s < kNRealised; ++s) sums[s] += device::read_shared(plan.partials + int64_t{c} * kNSums + s);
+  }
+  block_sum(sums);
+  if (device::thread() != 0) return;
+  args.report[kRealisedNorm] = sqrt(sums[kMovedSq]);
+  args.report[kRealisedShare] = sums[kMovedEps] / sums[kEpsSq];  // NaN: nothing was measured
+}
+
+template <Kind kind_w, Kind kind_g>
+SAMKERN_DEVICE void apply_phase(const PerturbArgs& args) {
+  const PlanView& plan = args.plan;
+  const Decided decided = decide(plan);
+  if (device::block() == 0 && device::thread() == 0) {
+    args.report[kGradNorm] = decided.grad_norm;
+    args.report[kSecondNorm] = args.report[kUpdateNorm] = 0;
+    args.report[kPerturbNorm] = decided.norm;
+    args.report[kSkippedFirst] = decided.finite ? 0 : 1;
+    args.report[kSkippedSecond] = 0;
+  }
+  for (int32_t c = plan.block_begin[device::block() + 1] - 1; c >= plan.block_begin[device::block()]; --c) {
+    const Chunk chunk = chunk_at(plan, c);
+    if (plan.saved[chunk.tensor].address == nullptr) continue;
+    const ClimbGroup& group = group_of(args.climbs, plan, chunk.tensor);
+    const double ww = device::read_shared(plan.sums_of(kWW) + chunk.tensor);
+    const double gg = device::read_shared(plan.sums_of(kAA) + chunk.tensor);
+    const double scale = decided.finite ? scalars::climb_scale(group, ww, gg, decided.norm) : NAN;
+    with_math_type<kind_w>(plan.w[chunk.tensor], [&](auto zero) {
+      perturb_chunk<kind_w, kind_g, decltype(zero)>(args, group, scale, chunk);
+    });
+  }
+  if (is_last_block(plan)) report_realised(args);
+}
+
+template <Kind kind_w, Kind kind_g>
+SAMKERN_KERNEL perturb_kernel(SAMKERN_ARGUMENT PerturbArgs args) {
+  const PlanView& plan = args.plan;
+  if ((args.phases & kReducePhase) != 0) {
+    auto climb_group = [&](int32_t t) { return &group_of(args.climbs, plan, t); };
+    reduce_phase<kind_g, kind_g, kind_w>(plan, {plan.first, nullptr, plan.filter_ww != nullptr}, climb_group);
+    end_phase(args.together);
+  }
+  if ((args.phases & kFoldPhase) != 0) {
+    fold_phase(args);
+    end_phase(args.together);
+  }
+  if ((args.phases & kApplyPhase) != 0) apply_phase<kind_w, kind_g>(args);
+}
+
+}  // namespace
+
+const char* perturb(const PlanView& plan, const PerturbOptions& options, const device::Stream& stream) {
+  PerturbArgs args{plan, {}, options.report, kAllPhases, false};
+  set_groups(args.climbs, options.climbs, options.climb_table, options.n_groups);
+  switch (kind_of(plan)) {
+    case Kind::kFloat32: return start(perturb_kernel<Kind::kFloat32, Kind::kFloat32>, args, stream);
+    case Kind::kBFloat16: return start(perturb_kernel<Kind::kBFloat16, Kind::kBFloat16>, args, stream);
+    case Kind::kFloat16: return start(perturb_kernel<Kind::kFloat16, Kind::kFloat16>, args, stream);
+    default: return start(perturb_kernel<Kind::kAny, Kind::kAny>, args, stream);
+  }
+}
+
+}  // namespace samkern::cuda

@@ -1,0 +1,424 @@
+// update: puts w back, mixes what the base optimizer receives, keeps the cache, clips, and steps. One launch.
+#include "harness.cuh"
+#include "launchers.h"
+#include "start.cuh"
+
+namespace samkern::cuda {
+namespace {
+
+struct UpdateArgs {
+  PlanView plan;
+  Groups<BaseGroup> groups;
+  MixOptions mix;
+  double max_grad_norm;
+  double* report;
+  int64_t* skips;
+  bool looked, check, restores, hands_over, reduces;
+  int32_t phases;
+  bool together;  // in one launch
+};
+
+SAMKERN_DEVICE const Operand* second_list(const UpdateArgs& args) {
+  if (args.mix.mix == Mix::kDecompose) return args.plan.grad;
+  return args.mix.mix == Mix::kReuse && args.max_grad_norm > 0 ? args.plan.cache : nullptr;
+}
+
+template <Kind kind_g>
+SAMKERN_DEVICE void reduce_gradients(const UpdateArgs& args) {
+  const PlanView& plan = args.plan;
+  auto no_climb = [](int32_t) -> const ClimbGroup* { return nullptr; };
+  const Operand* b = second_list(args);
+  if (args.mix.mix == Mix::kDecompose) {
+    reduce_phase<kind_g, kind_g, Kind::kAny>(plan, {plan.first, b, false}, no_climb);
+  } else {
+    reduce_phase<kind_g, Kind::kAny, Kind::kAny>(plan, {plan.grad, b, false}, no_climb);
+  }
+}
+
+SAMKERN_DEVICE double step_after(const Operand& step) {
+  double now[1];
+  load<Kind::kAny>(step, 0, now);
+  return now[0] + 1;
+}
+
+// Adam's scalars of a tensor from its own step, which may lag where a gradient was missing.
+SAMKERN_DEVICE void adam_coeffs(const UpdateArgs& args, int32_t t) {
+  const PlanView& plan = args.plan;
+  if (plan.grad[t].address == nullptr || plan.step[t].address == nullptr) return;
+  const BaseGroup& group = group_of(args.groups, plan, t);
+  const double step = step_after(plan.step[t]);
+  plan.coeffs_of(kStepSize)[t] = value(group.lr) / (1 - pow(group.beta1, step));
+  plan.coeffs_of(kBias2)[t] = sqrt(1 - pow(group.beta2, step));
+}
+
+template <Base base>
+SAMKERN_DEVICE void fold_phase(const UpdateArgs& args) {
+  const PlanView& plan = args.plan;
+  auto add = [&](int32_t t, int lane, int n_lanes, double(&sums)[kCC]) {
+    if (args.reduces) add_partials(plan, t, lane, n_lanes, sums);
+  };
+  fold_tensors(plan, add, [&](int32_t t, const double(&sums)[kCC]) {
+    for (const Sum s : {kAA, kAB, kBB}) plan.sums_of(s)[t] = sums[s];
+    if constexpr (base == Base::kAdam || base == Base::kAdamW) adam_coeffs(args, t);
+  });
+}
+
+struct Decided {
+  bool skip;
+  double clip;
+  double aa, ab;  // over all tensors
+};
+
+SAMKERN_DEVICE double mix_b(const UpdateArgs& args, const Decided& decided, int32_t t) {
+  const bool global = args.mix.scope == Scope::kGlobal;
+  const double aa = global ? decided.aa : device::read_shared(args.plan.sums_of(kAA) + t);
+  const double kept = args.mix.cache_norm[global ? args.plan.n_tensors : t];
+  return scalars::reuse_coeff(group_of(args.groups, args.plan, t).alpha, aa, kept);
+}
+
+// A step that needs no sums: nothing to judge, nothing to clip.
+SAMKERN_DEVICE Decided decide_without_sums(const UpdateArgs& args) {
+  return {args.looked && args.report[kSkippedFirst] != 0, 1, 0, 0};
+}
+
+SAMKERN_DEVICE void clear_report(const UpdateArgs& args) {
+  if (args.looked || device::block() != 0 || device::thread() != 0) return;
+  for (int32_t i = 0; i < kNReport; ++i) args.report[i] = 0;
+  args.report[kRealisedShare] = NAN;
+}
+
+// Everything that depends on all gradients, by every block for itself.
+SAMKERN_DEVICE Decided decide(const UpdateArgs& args) {
+  const PlanView& plan = args.plan;
+  const bool decomposes = args.mix.mix == Mix::kDecompose, reuses = args.mix.mix == Mix::kReuse;
+  double x[4] = {};  // aa, ab, grad^2, tensors that are not finite
+  for (int32_t t = device::thread(); t < plan.n_tensors; t += device::kThreads) {
+    const double aa = device::read_shared(plan.sums_of(kAA) + t), ab = device::read_shared(plan.sums_of(kAB) + t);
+    const double grad_sq = decomposes ? device::read_shared(plan.sums_of(kBB) + t) : aa;
+    x[0] += aa;
+    x[1] += ab;
+    x[2] += grad_sq;
+    x[3] += scalars::finite(grad_sq, plan.w[t].dtype) ? 0 : 1;
+  }
+  block_sum(x);
+  Decided decided{args.looked && args.report[kSkippedFirst] != 0, 1, x[0], x[1]};
+  double update_sq[1] = {x[2]};
+  if (args.max_grad_norm > 0 && reuses) {
+    update_sq[0] = 0;
+    for (int32_t t = device::thread(); t < plan.n_tensors; t += device::kThreads) {
+      if (plan.grad[t].address == nullptr) continue;
+      const double b = mix_b(args, decided, t), bb = device::read_shared(plan.sums_of(kBB) + t);
+      const double aa = device::read_shared(plan.sums_of(kAA) + t), ab = device::read_shared(plan.sums_of(kAB) + t);
+      update_sq[0] += aa + b * (2 * ab + b * bb);
+    }
+    block_sum(update_sq);
+  }
+  const double update_norm = sqrt(update_sq[0] > 0 ? update_sq[0] : 0);
+  const bool bad = args.check && x[3] != 0;
+  decided.skip = decided.skip || bad;
+  if (args.max_grad_norm > 0) decided.clip = scalars::clip_factor(args.max_grad_norm, update_norm);
+  if (device::block() == 0 && device::thread() == 0) {
+    args.report[args.looked ? kSecondNorm : kGradNorm] = sqrt(x[2]);
+    if (args.max_grad_norm > 0) args.report[kUpdateNorm] = update_norm;
+    if (bad) args.report[args.looked ? kSkippedSecond : kSkippedFirst] = 1;
+  }
+  return decided;
+}
+
+SAMKERN_DEVICE bool is_saved(const UpdateArgs& args, int32_t t) {
+  return args.restores && args.plan.saved[t].address != nullptr;
+}
+
+template <Kind kind>
+SAMKERN_DEVICE void restore_chunk(const PlanView& plan, const Chunk& chunk) {
+  const Operand w = plan.w[chunk.tensor], saved = plan.saved[chunk.tensor];
+  for_block<8>(chunk.n, aligned(w) && aligned(saved), [&](auto width, int32_t i) {
+    copy<kind, decltype(width)::value>(w, saved, chunk.at + i);
+  });
+}
+
+// The update of one chunk.
+template <Kind kind_w, Kind kind_g, Base base, typename T>
+struct ChunkUpdate {
+  const UpdateArgs& args;
+  const PlanView& plan;
+  const BaseGroup& group;
+  const int32_t t;
+  const bool saved;
+  const Operand w, source, grad, first, cache, state1, state2, out;
+  const T clip, project, mix;
+  math::Sgd<T> sgd;
+  math::Adam<T> adam;
+  T cache_sq = 0;
+
+  SAMKERN_DEVICE ChunkUpdate(const UpdateArgs& a, const Decided& decided, int32_t tensor)
+      : args(a),
+        plan(a.plan),
+        group(group_of(a.groups, a.plan, tensor)),
+        t(tensor),
+        saved(is_saved(a, tensor)),
+        w(plan.w[t]),
+        source(saved ? plan.saved[t] : w),
+        grad(plan.grad[t]),
+        first(a.mix.mix == Mix::kDecompose ? plan.first[t] : Operand{}),
+        cache(a.mix.mix != Mix::kGradient ? plan.cache[t] : Operand{}),
+        state1(base != Base::kNone && (base != Base::kSgd || group.momentum != 0) ? plan.state1[t] : Operand{}),
+        state2(base == Base::kAdam || base == Base::kAdamW ? plan.state2[t] : Operand{}),
+        out(a.hands_over ? plan.out[t] : Operand{}),
+        clip(static_cast<T>(decided.clip)),
+        project(a.mix.mix == Mix::kDecompose ? static_cast<T>(project_coeff(decided)) : T{0}),
+        mix(a.mix.mix == Mix::kReuse ? static_cast<T>(mix_b(a, decided, tensor)) : T{0}) {
+    const double lr = value(group.lr);
+    if constexpr (base == Base::kSgd) {
+      const bool fresh = plan.fresh[t] != 0;
+      sgd = {.lr = static_cast<T>(lr),
+             .weight_decay = static_cast<T>(group.weight_decay),
+             .momentum = static_cast<T>(group.momentum),
+             .keep = fresh ? T{0} : static_cast<T>(group.momentum),
+             .gain = fresh ? T{1} : static_cast<T>(1 - group.dampening),
+             .clip = clip,
+             .nesterov = group.nesterov};
+    }
+    if constexpr (base == Base::kAdam || base == Base::kAdamW) {
+      constexpr bool decoupled = base == Base::kAdamW;
+      adam = {.weight_decay = static_cast<T>(decoupled ? 0 : group.weight_decay),
+              .decay = static_cast<T>(decoupled ? 1 - lr * group.weight_decay : 1),
+              .gain1 = static_cast<T>(1 - group.beta1),
+              .beta2 = static_cast<T>(group.beta2),
+              .gain2 = static_cast<T>(1 - group.beta2),
+              .step_size = static_cast<T>(device::read_shared(plan.coeffs_of(kStepSize) + t)),
+              .bias2 = static_cast<T>(device::read_shared(plan.coeffs_of(kBias2) + t)),
+              .eps = static_cast<T>(group.eps),
+              .clip = clip};
+    }
+  }
+
+  SAMKERN_DEVICE double project_coeff(const Decided& decided) const {
+    const bool global = args.mix.scope == Scope::kGlobal;
+    const double aa = global ? decided.aa : device::read_shared(plan.sums_of(kAA) + t);
+    const double ab = global ? decided.ab : device::read_shared(plan.sums_of(kAB) + t);
+    return scalars::over_squared(ab, aa);
+  }
+
+  SAMKERN_DEVICE bool packed() const {
+    return aligned(w) && aligned(source) && aligned(grad) && aligned(first) && aligned(cache) && aligned(state1) &&
+           aligned(state2) && aligned(out);
+  }
+
+  template <int N>
+  SAMKERN_DEVICE void run(int64_t at) {
+    T u[N];
+    load<kind_g>(grad, at, u);
+    if (args.mix.mix == Mix::kDecompose) decompose(at, u);
+    if (args.mix.mix == Mix::kReuse && cache.address != nullptr) reuse(at, u);
+    if constexpr (base == Base::kNone) {
+      if (saved) copy<kind_w, N>(w, source, at);
+      if (out.address == nullptr) return;
+      for (int k = 0; k < N; ++k) u[k] = clip * u[k];
+      store<kind_g>(out, at, u);
+    } else {
+      step(at, u);
+    }
+  }
+
+  // cache = grad - k first, and the sum of squares of what was stored.
+  template <int N>
+  SAMKERN_DEVICE void decompose(int64_t at, const T (&g_s)[N]) {
+    T c[N], g[N] = {};
+    if (first.address != nullptr) load<kind_g>(first, at, g);
+    for (int k = 0; k < N; ++k) c[k] = first.address != nullptr ? math::project(g_s[k], g[k], project) : g_s[k];
+    store<Kind::kAny>(cache, at, c);
+    round_to<Kind::kAny>(cache, c, g);
+    for (int k = 0; k < N; ++k) cache_sq += g[k] * g[k];
+  }
+
+  template <int N>
+  SAMKERN_DEVICE void reuse(int64_t at, T (&u)[N]) {
+    T c[N];
+    load<Kind::kAny>(cache, at, c);
+    for (int k = 0; k < N; ++k) u[k] = math::combine(u[k], c[k], T{1}, mix);
+  }
+
+  template <int N>
+  SAMKERN_DEVICE void step(int64_t at, const T (&u)[N]) {
+    T x[N], m[N], v[N];
+    load<kind_w>(source, at, x);
+    if constexpr (base == Base::kSgd) {
+      if (group.momentum == 0) {
+        for (int k = 0; k < N; ++k) x[k] = math::sgd(x[k], u[k], sgd);
+      } else {
+        load<kState>(state1, at, m);
+        for (int k = 0; k < N; ++k) x[k] = math::sgd_momentum(x[k], u[k], m[k], sgd);
+        store<kState>(state1, at, m);
+      }
+    } else {
+      load<kState>(state1, at, m);
+      load<kState>(state2, at, v);
+      for (int k = 0; k < N; ++k) x[k] = math::adam(x[k], u[k], m[k], v[k], adam);
+      store<kState>(state1, at, m);
+      store<kState>(state2, at, v);
+    }
+    store<kind_w>(w, at, x);
+  }
+
+  // State is in the math type: fp64 for fp64 weights, fp32 for all others.
+  static constexpr Kind kState = sizeof(T) == 8 ? Kind::kAny : Kind::kFloat32;
+};
+
+// A tensor whose second gradient is missing leaves nothing to reuse.
+SAMKERN_DEVICE void forget_cache(const PlanView& plan, const Chunk& chunk) {
+  const Operand cache = plan.cache[chunk.tensor];
+  if (cache.address == nullptr || plan.first[chunk.tensor].address == nullptr) return;
+  for_block<8>(chunk.n, aligned(cache), [&](auto width, int32_t i) {
+    const float zeros[decltype(width)::value] = {};
+    store<Kind::kAny>(cache, chunk.at + i, zeros);
+  });
+}
+
+template <Kind kind_w, Kind kind_g, Base base>
+SAMKERN_DEVICE void apply_chunk(const UpdateArgs& args, const Decided& decided, const Chunk& chunk) {
+  const PlanView& plan = args.plan;
+  const int32_t t = chunk.tensor;
+  const bool has_grad = plan.grad[t].address != nullptr, decomposes = args.mix.mix == Mix::kDecompose;
+  if (decomposes && !has_grad && !decided.skip) forget_cache(plan, chunk);
+  const bool only_restored = base == Base::kNone && !args.hands_over && !decomposes;
+  if (decided.skip || !has_grad || only_restored) {
+    if (is_saved(args, t)) restore_chunk<kind_w>(plan, chunk);
+    return;
+  }
+  with_math_type<kind_w>(plan.w[t], [&](auto zero) {
+    using T = decltype(zero);
+    ChunkUpdate<kind_w, kind_g, base, T> update(args, decided, t);
+    for_block<kPack<T>>(chunk.n, update.packed(), [&](auto width, int32_t i) {
+      update.template run<decltype(width)::value>(chunk.at + i);
+    });
+    if (!decomposes) return;
+    double cc[1] = {static_cast<double>(update.cache_sq)};
+    block_sum(cc);
+    if (device::thread() == 0) plan.partials[static_cast<int64_t>(chunk.index) * kNSums + kCC] = cc[0];
+  });
+}
+
+// What the next reuse steps divide by, from the partial sums that apply left. By one block.
+SAMKERN_DEVICE void keep_cache_norms(const UpdateArgs& args) {
+  const PlanView& plan = args.plan;
+  double* norm = args.mix.cache_norm;
+  auto cc_of = [&](int32_t t, int lane, int n_lanes) {
+    double cc = 0;
+    for (int32_t c = plan.first_chunk[t] + lane; c < plan.first_chunk[t + 1]; c += n_lanes) {
+      cc += device::read_shared(plan.partials + static_cast<int64_t>(c) * kNSums + kCC);
+    }
+    return cc;
+  };
+  double* cc = plan.sums_of(kCC);
+  for (int32_t t = 0; t < plan.n_tensors; ++t) {
+    if (plan.numel[t] < kLargeTensor) continue;
+    double sum[1] = {cc_of(t, device::thread(), device::kThreads)};
+    block_sum(sum);
+    if (device::thread() == 0) cc[t] = sum[0];
+  }
+  double total[2] = {};  // of the cache, of the gradients
+  device::block_sync();
+  for (int32_t t = device::thread(); t < plan.n_tensors; t += device::kThreads) {
+    const bool written = plan.grad[t].address != nullptr, untouched = !written && plan.first[t].address == nullptr;
+    double sum = untouched ? norm[t] * norm[t] : 0;
+    if (written) sum = plan.numel[t] < kLargeTensor ? cc_of(t, 0, 1) : cc[t];
+    const double second_sq = device::read_shared(plan.sums_of(kBB) + t);
+    norm[t] = scalars::kept_cache_norm(sum, second_sq, args.mix.scope == Scope::kTensor ? args.mix.min_sine : 0);
+    total[0] += sum;
+    total[1] += second_sq;
+  }
+  block_sum(total);
+  if (device::thread() != 0) return;
+  const double min_sine = args.mix.scope == Scope::kGlobal ? args.mix.min_sine : 0;
+  norm[plan.n_tensors] = scalars::kept_cache_norm(total[0], total[1], min_sine);
+}
+
+// What may only change after all blocks have read it. By the last block.
+template <Base base>
+SAMKERN_DEVICE void finish(const UpdateArgs& args, bool skip) {
+  const PlanView& plan = args.plan;
+  if (skip) {
+    if (device::thread() == 0) ++*args.skips;
+    return;
+  }
+  for (int32_t t = device::thread(); t < plan.n_tensors; t += device::kThreads) {
+    if (plan.grad[t].address == nullptr) continue;
+    if constexpr (base == Base::kSgd) {
+      if (plan.state1[t].address != nullptr) plan.fresh[t] = 0;
+    }
+    if constexpr (base == Base::kAdam || base == Base::kAdamW) {
+      if (plan.step[t].address == nullptr) continue;
+      const double step[1] = {step_after(plan.step[t])};
+      store<Kind::kAny>(plan.step[t], 0, step);
+    }
+  }
+  if (args.mix.mix == Mix::kDecompose) keep_cache_norms(args);
+}
+
+template <Kind kind_w, Kind kind_g, Base base>
+SAMKERN_DEVICE void apply_phase(const UpdateArgs& args) {
+  const PlanView& plan = args.plan;
+  clear_report(args);
+  const Decided decided = args.reduces ? decide(args) : decide_without_sums(args);
+  for (int32_t c = plan.block_begin[device::block() + 1] - 1; c >= plan.block_begin[device::block()]; --c) {
+    apply_chunk<kind_w, kind_g, base>(args, decided, chunk_at(plan, c));
+  }
+  if (is_last_block(plan)) finish<base>(args, decided.skip);
+}
+
+template <Kind kind_w, Kind kind_g, Base base>
+SAMKERN_KERNEL update_kernel(SAMKERN_ARGUMENT UpdateArgs args) {
+  if ((args.phases & kReducePhase) != 0) {
+    reduce_gradients<kind_g>(args);
+    end_phase(args.together);
+  }
+  if ((args.phases & kFoldPhase) != 0) {
+    fold_phase<base>(args);
+    end_phase(args.together);
+  }
+  if ((args.phases & kApplyPhase) != 0) apply_phase<kind_w, kind_g, base>(args);
+}
+
+SAMKERN_KERNEL restore_kernel(SAMKERN_ARGUMENT UpdateArgs args) {
+  const PlanView& plan = args.plan;
+  for (int32_t c = plan.block_begin[device::block()]; c < plan.block_begin[device::block() + 1]; ++c) {
+    const Chunk chunk = chunk_at(plan, c);
+    if (plan.saved[chunk.tensor].address != nullptr) restore_chunk<Kind::kAny>(plan, chunk);
+  }
+}
+
+template <Base base>
+const char* start_update(const UpdateArgs& args, const device::Stream& stream) {
+  switch (kind_of(args.plan)) {
+    case Kind::kFloat32: return start(update_kernel<Kind::kFloat32, Kind::kFloat32, base>, args, stream);
+    case Kind::kBFloat16: return start(update_kernel<Kind::kBFloat16, Kind::kBFloat16, base>, args, stream);
+    case Kind::kFloat16: return start(update_kernel<Kind::kFloat16, Kind::kFloat16, base>, args, stream);
+    default: return start(update_kernel<Kind::kAny, Kind::kAny, base>, args, stream);
+  }
+}
+
+}  // namespace
+
+const char* restore(const PlanView& plan, const device::Stream& stream) {
+  UpdateArgs args{};
+  args.plan = plan;
+  return device::launch(restore_kernel, args, plan.n_blocks, false, stream);
+}
+
+const char* update(const PlanView& plan, const UpdateOptions& options, const device::Stream& stream) {
+  UpdateArgs args{plan, {}, options.mix, options.max_grad_norm, options.report, options.skips, options.looked,
+                  options.check, options.restores, options.hands_over, options.reduces(), kApplyPhase, false};
+  const bool adam = options.base == Base::kAdam || options.base == Base::kAdamW;
+  if (options.reduces()) args.phases = kAllPhases;
+  if (!options.reduces() && adam) args.phases = kFoldPhase | kApplyPhase;
+  set_groups(args.groups, options.groups, options.group_table, options.n_groups);
+  switch (options.base) {
+    case Base::kSgd: return start_update<Base::kSgd>(args, stream);
+    case Base::kAdam: return start_update<Base::kAdam>(args, stream);
+    case Base::kAdamW: return start_update<Base::kAdamW>(args, stream);
+    default: return start_update<Base::kNone>(args, stream);
+  }
+}
+
+}  // namespace samkern::cuda

@@ -1,0 +1,63 @@
+// samkern._cuda: the GPU kernels behind the Plan of samkern._C. Device, stream and errors are dealt with here.
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/extension.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "cuda/launchers.h"
+#include "device_tables.h"
+
+namespace samkern {
+namespace {
+
+// SAMKERN_ONE_LAUNCH=0 takes a launch for each phase, for profilers that serialise blocks and to compare.
+bool one_launch(int device) {
+  static const char* const setting = std::getenv("SAMKERN_ONE_LAUNCH");
+  return (setting == nullptr || std::string(setting) != "0") &&
+         at::cuda::getDeviceProperties(device)->cooperativeLaunch != 0;
+}
+
+device::Stream stream_of(int device) {
+  return {c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device)).stream(), one_launch(device)};
+}
+
+void check(const char* error, const char* what) {
+  TORCH_CHECK(error == nullptr, "samkern: the launch of ", what, " failed: ", error);
+}
+
+void perturb(const PlanView& plan, const PerturbOptions& options, int device) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  check(cuda::perturb(plan, options, stream_of(device)), "perturb");
+}
+
+void restore(const PlanView& plan, int device) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  check(cuda::restore(plan, stream_of(device)), "restore");
+}
+
+void update(const PlanView& plan, const UpdateOptions& options, int device) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  check(cuda::update(plan, options, stream_of(device)), "update");
+}
+
+int n_blocks(int device) {
+  return device::kBlocksPerProcessor * at::cuda::getDeviceProperties(device)->multiProcessorCount;
+}
+
+bool is_capturing(int device) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+}
+
+DeviceFunctions functions{perturb, restore, update, n_blocks, is_capturing};
+
+}  // namespace
+}  // namespace samkern
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "GPU kernels of samkern; importing it hands them to samkern._C.";
+  pybind11::module_::import("samkern._C").attr("use_device_functions")(pybind11::capsule(&samkern::functions));
+}

@@ -1,0 +1,37 @@
+// The GPU kernels, run by fibers on the CPU, in the place of samkern._cuda. See cuda_on_cpu.h.
+#include <pybind11/pybind11.h>
+
+#include "../csrc/cuda/launchers.h"
+
+namespace py = pybind11;
+using samkern::device::Machine;
+
+namespace samkern {
+namespace {
+
+device::Stream stream() { return {nullptr, Machine::get().setting.one_launch}; }
+
+void check(const char* error) {
+  if (error != nullptr) throw std::runtime_error(error);
+}
+
+DeviceFunctions functions{
+    [](const PlanView& plan, const PerturbOptions& options, int) { check(cuda::perturb(plan, options, stream())); },
+    [](const PlanView& plan, int) { check(cuda::restore(plan, stream())); },
+    [](const PlanView& plan, const UpdateOptions& options, int) { check(cuda::update(plan, options, stream())); },
+    [](int) { return Machine::get().setting.n_blocks; },
+    [](int) { return false; },
+};
+
+}  // namespace
+}  // namespace samkern
+
+PYBIND11_MODULE(cuda_on_cpu, m) {
+  m.def(
+      "configure",
+      [](uint64_t seed, int n_blocks, bool one_launch, const std::string& without) {
+        Machine::get().setting = {seed, n_blocks, one_launch, without};
+      },
+      py::arg("seed") = 0, py::arg("n_blocks") = 3, py::arg("one_launch") = true, py::arg("without") = "");
+  m.attr("functions") = py::capsule(&samkern::functions);
+}
