@@ -16,6 +16,7 @@
 #include <vector>
 
 #define SAMKERN_DEVICE inline
+#define SAMKERN_COLD inline
 #define SAMKERN_KERNEL void
 #define SAMKERN_ARGUMENT const
 
@@ -219,20 +220,22 @@ T* in_global(T* x) {
   return x;
 }
 
-inline void check_aligned(const void* x) {
-  if ((reinterpret_cast<uintptr_t>(x) & 15) != 0) Machine::get().fail("a 16-byte access to a misaligned address");
+template <typename Bits>
+void check_aligned(const Bits* x) {
+  if (reinterpret_cast<uintptr_t>(x) % sizeof(Bits) != 0) Machine::get().fail("a wide access to a misaligned address");
 }
-inline Bits16 load16(const void* from) {
+template <typename Bits>
+Bits load(const Bits* from) {
   check_aligned(from);
-  Bits16 x;
+  Bits x;
   std::memcpy(&x, from, sizeof x);
   return x;
 }
-inline void store16(void* to, const Bits16& x) {
+template <typename Bits>
+void store(Bits* to, const Bits& x, bool) {
   check_aligned(to);
   std::memcpy(to, &x, sizeof x);
 }
-inline void store16_streamed(void* to, const Bits16& x) { store16(to, x); }
 
 inline float as_float(uint32_t bits) {
   float x;

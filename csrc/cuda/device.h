@@ -6,13 +6,16 @@
 namespace samkern::device {
 
 // Part of the arithmetic: the order in which a block adds depends on it.
-constexpr int kThreads = 512;
+constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kBlocksPerProcessor = 2;
 
 struct alignas(16) Bits16 {
   uint32_t words[4];
+};
+struct alignas(8) Bits8 {
+  uint32_t words[2];
 };
 
 // What a launcher is told about where to run. `one_launch`: the device lets all blocks of a grid wait for each other.
@@ -31,6 +34,8 @@ struct Stream {
 #include <cuda_runtime.h>
 
 #define SAMKERN_DEVICE __device__ __forceinline__
+// For what runs once a launch: its registers do not count against those of the loops over elements.
+#define SAMKERN_COLD __device__ __noinline__
 #define SAMKERN_KERNEL \
   __global__ void __launch_bounds__(samkern::device::kThreads, samkern::device::kBlocksPerProcessor)
 #define SAMKERN_ARGUMENT const __grid_constant__
@@ -77,18 +82,25 @@ SAMKERN_DEVICE T* in_global(T* x) {
   return x;
 }
 
-SAMKERN_DEVICE Bits16 load16(const void* from) {
-  const uint4 x = *static_cast<const uint4*>(from);
+SAMKERN_DEVICE Bits16 load(const Bits16* from) {
+  const uint4 x = *reinterpret_cast<const uint4*>(from);
   return {{x.x, x.y, x.z, x.w}};
 }
-
-SAMKERN_DEVICE void store16(void* to, const Bits16& x) {
-  *static_cast<uint4*>(to) = make_uint4(x.words[0], x.words[1], x.words[2], x.words[3]);
+SAMKERN_DEVICE Bits8 load(const Bits8* from) {
+  const uint2 x = *reinterpret_cast<const uint2*>(from);
+  return {{x.x, x.y}};
 }
 
-// For what is not needed soon: evicted first.
-SAMKERN_DEVICE void store16_streamed(void* to, const Bits16& x) {
-  __stcs(static_cast<uint4*>(to), make_uint4(x.words[0], x.words[1], x.words[2], x.words[3]));
+// `streamed`: not needed soon, evicted first.
+SAMKERN_DEVICE void store(Bits16* to, const Bits16& x, bool streamed) {
+  const uint4 bits = make_uint4(x.words[0], x.words[1], x.words[2], x.words[3]);
+  auto* target = reinterpret_cast<uint4*>(to);
+  streamed ? __stcs(target, bits) : static_cast<void>(*target = bits);
+}
+SAMKERN_DEVICE void store(Bits8* to, const Bits8& x, bool streamed) {
+  const uint2 bits = make_uint2(x.words[0], x.words[1]);
+  auto* target = reinterpret_cast<uint2*>(to);
+  streamed ? __stcs(target, bits) : static_cast<void>(*target = bits);
 }
 
 SAMKERN_DEVICE float half_to_float(uint16_t x) { return __half2float(__ushort_as_half(x)); }

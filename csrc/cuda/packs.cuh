@@ -1,5 +1,7 @@
 // Between storage and registers: N neighbouring values of an operand, in accesses of 16 bytes where N allows it.
 #pragma once
+#include <type_traits>
+
 #include "../plan.h"
 #include "device.h"
 
@@ -13,7 +15,7 @@ struct Width {
   static constexpr int value = n;
 };
 
-// Values that a thread takes at a time: 16 bytes of a half type or of double, 32 bytes of float.
+// Values that a thread takes at a time: 16 bytes of a half type or double, 32 of float.
 template <typename T>
 constexpr int kPack = sizeof(T) == 8 ? 2 : 8;
 
@@ -77,21 +79,24 @@ SAMKERN_DEVICE void with_storage(const Operand& x, const Body& body) {
   }
 }
 
-// N neighbouring values as they lie in memory.
+// N neighbouring values as they lie in memory. Moved in accesses of 16 bytes, of 8, or one by one.
 template <typename Storage, int N>
-struct alignas(sizeof(Storage) * N % 16 == 0 ? 16 : alignof(Storage)) Raw {
+struct alignas(sizeof(Storage) * N % 16 == 0 ? 16 : sizeof(Storage) * N == 8 ? 8 : alignof(Storage)) Raw {
   Storage values[N];
 };
+
+template <typename R>
+using AccessOf = std::conditional_t<sizeof(R) % 16 == 0, device::Bits16, device::Bits8>;
 
 template <typename Storage, int N>
 SAMKERN_DEVICE Raw<Storage, N> read_raw(const Operand& x, int64_t at) {
   const Storage* from = device::in_global(static_cast<const Storage*>(x.address)) + at;
   Raw<Storage, N> raw;
-  if constexpr (sizeof(raw) % 16 == 0) {
-    auto* packs = reinterpret_cast<device::Bits16*>(raw.values);
-    for (int k = 0; k < static_cast<int>(sizeof(raw) / 16); ++k) {
-      packs[k] = device::load16(reinterpret_cast<const device::Bits16*>(from) + k);
-    }
+  if constexpr (N > 1 && sizeof(raw) % 8 == 0) {
+    using Access = AccessOf<Raw<Storage, N>>;
+    auto* packs = reinterpret_cast<Access*>(raw.values);
+    constexpr int n = sizeof(raw) / sizeof(Access);
+    for (int k = 0; k < n; ++k) packs[k] = device::load(reinterpret_cast<const Access*>(from) + k);
   } else {
     for (int k = 0; k < N; ++k) raw.values[k] = from[k];
   }
@@ -101,12 +106,11 @@ SAMKERN_DEVICE Raw<Storage, N> read_raw(const Operand& x, int64_t at) {
 template <typename Storage, int N>
 SAMKERN_DEVICE void write_raw(const Operand& x, int64_t at, const Raw<Storage, N>& raw, bool streamed = false) {
   Storage* to = device::in_global(static_cast<Storage*>(x.address)) + at;
-  if constexpr (sizeof(raw) % 16 == 0) {
-    const auto* packs = reinterpret_cast<const device::Bits16*>(raw.values);
-    for (int k = 0; k < static_cast<int>(sizeof(raw) / 16); ++k) {
-      auto* target = reinterpret_cast<device::Bits16*>(to) + k;
-      streamed ? device::store16_streamed(target, packs[k]) : device::store16(target, packs[k]);
-    }
+  if constexpr (N > 1 && sizeof(raw) % 8 == 0) {
+    using Access = AccessOf<Raw<Storage, N>>;
+    const auto* packs = reinterpret_cast<const Access*>(raw.values);
+    constexpr int n = sizeof(raw) / sizeof(Access);
+    for (int k = 0; k < n; ++k) device::store(reinterpret_cast<Access*>(to) + k, packs[k], streamed);
   } else {
     for (int k = 0; k < N; ++k) to[k] = raw.values[k];
   }

@@ -18,7 +18,7 @@ struct PerturbArgs {
 enum Realised { kMovedSq, kMovedEps, kEpsSq, kNRealised };
 
 // Norms of one tensor, and its share in the norm that eps is divided by.
-SAMKERN_DEVICE void fold_phase(const PerturbArgs& args) {
+SAMKERN_COLD void fold_phase(const PerturbArgs& args) {
   const PlanView& plan = args.plan;
   auto add = [&](int32_t t, int lane, int n_lanes, double(&sums)[kCC]) {
     const ClimbGroup& group = group_of(args.climbs, plan, t);
@@ -40,7 +40,7 @@ struct Decided {
   double grad_norm, norm;
 };
 
-SAMKERN_DEVICE Decided decide(const PlanView& plan) {
+SAMKERN_COLD Decided decide(const PlanView& plan) {
   double x[3] = {};
   for (int32_t t = device::thread(); t < plan.n_tensors; t += device::kThreads) {
     const Dtype dtype = plan.w[t].dtype;
@@ -128,7 +128,7 @@ SAMKERN_DEVICE void perturb_chunk(const PerturbArgs& args, const ClimbGroup& gro
   for (int s = 0; s < kNRealised; ++s) plan.partials[static_cast<int64_t>(chunk.index) * kNSums + s] = realised[s];
 }
 
-SAMKERN_DEVICE void report_realised(const PerturbArgs& args) {
+SAMKERN_COLD void report_realised(const PerturbArgs& args) {
   const PlanView& plan = args.plan;
   double sums[kNRealised] = {};
   for (int32_t c = device::thread(); c < plan.n_chunks; c += device::kThreads) {

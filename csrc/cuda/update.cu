@@ -52,7 +52,7 @@ SAMKERN_DEVICE void adam_coeffs(const UpdateArgs& args, int32_t t) {
 }
 
 template <Base base>
-SAMKERN_DEVICE void fold_phase(const UpdateArgs& args) {
+SAMKERN_COLD void fold_phase(const UpdateArgs& args) {
   const PlanView& plan = args.plan;
   auto add = [&](int32_t t, int lane, int n_lanes, double(&sums)[kCC]) {
     if (args.reduces) add_partials(plan, t, lane, n_lanes, sums);
@@ -88,7 +88,7 @@ SAMKERN_DEVICE void clear_report(const UpdateArgs& args) {
 }
 
 // Everything that depends on all gradients, by every block for itself.
-SAMKERN_DEVICE Decided decide(const UpdateArgs& args) {
+SAMKERN_COLD Decided decide(const UpdateArgs& args) {
   const PlanView& plan = args.plan;
   const bool decomposes = args.mix.mix == Mix::kDecompose, reuses = args.mix.mix == Mix::kReuse;
   double x[4] = {};  // aa, ab, grad^2, tensors that are not finite
@@ -300,7 +300,7 @@ SAMKERN_DEVICE void apply_chunk(const UpdateArgs& args, const Decided& decided, 
 }
 
 // What the next reuse steps divide by, from the partial sums that apply left. By one block.
-SAMKERN_DEVICE void keep_cache_norms(const UpdateArgs& args) {
+SAMKERN_COLD void keep_cache_norms(const UpdateArgs& args) {
   const PlanView& plan = args.plan;
   double* norm = args.mix.cache_norm;
   auto cc_of = [&](int32_t t, int lane, int n_lanes) {
@@ -336,7 +336,7 @@ SAMKERN_DEVICE void keep_cache_norms(const UpdateArgs& args) {
 
 // What may only change after all blocks have read it. By the last block.
 template <Base base>
-SAMKERN_DEVICE void finish(const UpdateArgs& args, bool skip) {
+SAMKERN_COLD void finish(const UpdateArgs& args, bool skip) {
   const PlanView& plan = args.plan;
   if (skip) {
     if (device::thread() == 0) ++*args.skips;
