@@ -5,13 +5,13 @@ A step without its passes over data is two calls::
     plan.perturb(climbs, keep, report)    # norms, saved = w, w += eps; the gradients leave p.grad
     plan.update(base, ..., report)        # norms, restore, mix, keep the cache, clip, base update
 
-``samkern._C.Plan`` runs each as one native call on the CPU; ``ReferencePlan`` spells them out with ``samkern.reference``.
-Both read ``p.grad`` anew every time. A plan is cheap to throw away: what has to outlive it is in ``Kept``.
+``samkern._C.Plan`` runs each as one native call on the CPU, ``TritonPlan`` as one launch on a GPU; ``ReferencePlan`` spells
+them out with ``samkern.reference``. All read ``p.grad`` anew every time. A plan is cheap to throw away: what has to outlive it is in ``Kept``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -107,9 +107,18 @@ class TensorPlan(Protocol):
 
 def make_plan(backend: str, params: list[Tensor], group: list[int], kept: Kept) -> TensorPlan:
     """A plan over ``params`` (of param group ``group[i]`` each) on ``backend``, which is one that serves them."""
-    implementation = native.Plan if backend == "cpu" and native is not None else ReferencePlan
-    plan: TensorPlan = implementation(params, group, kept.cache_norm, kept.fresh, kept.skips)
+    plan: TensorPlan = _implementation(backend)(params, group, kept.cache_norm, kept.fresh, kept.skips)
     for i, p in enumerate(params):
         if p in kept.cache:
             plan.bind_cache(i, kept.cache[p])
     return plan
+
+
+def _implementation(backend: str) -> Callable[..., TensorPlan]:
+    if backend == "cpu" and native is not None:
+        return native.Plan  # type: ignore[no-any-return]
+    if backend == "triton":
+        from .triton_kernels import TritonPlan  # imports Triton
+
+        return TritonPlan
+    return ReferencePlan

@@ -147,7 +147,8 @@ def round_to(x, DT: tl.constexpr, SOFT_BF16: tl.constexpr):
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x != x, bits | 0x00400000, bits + 0x7FFF + ((bits >> 16) & 1))
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(DT)
+    else:
+        return x.to(DT)
 
 
 @triton.jit
@@ -155,7 +156,8 @@ def sqrt_rn(x):
     """Correctly rounded: ``tl.sqrt`` is so in fp64, where ``tl.sqrt_rn`` refuses, and is approximate in fp32."""
     if x.dtype == tl.float64:
         return tl.sqrt(x)
-    return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt_rn(x)
 
 
 @triton.jit
@@ -163,7 +165,8 @@ def div_rn(x, y):
     """Correctly rounded, see ``sqrt_rn``."""
     if x.dtype == tl.float64:
         return x / y
-    return tl.div_rn(x, y)
+    else:
+        return tl.div_rn(x, y)
 
 
 @triton.jit
@@ -190,7 +193,8 @@ def read(p, mask):
     """Elements, or zeros where ``mask`` is false. None: all, as one wide access a thread."""
     if mask is None:
         return tl.load(p)
-    return tl.load(p, mask=mask, other=0.0)
+    else:
+        return tl.load(p, mask=mask, other=0.0)
 
 
 @triton.jit

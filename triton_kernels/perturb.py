@@ -252,7 +252,7 @@ def filter_scale(scale, squares, count, stride, lo, j, mask, MATH: tl.constexpr)
     # int32 within a chunk: the filter of its first entry, and how far the next one is
     first, gap = (lo // stride) % count, tl.minimum(stride - lo % stride, 1 << 16).to(tl.int32)
     later = tl.where(j < gap, 0, 1 + (j - gap) // tl.minimum(stride, 1 << 16).to(tl.int32))
-    square = tl.load(squares + (first.to(tl.int32) + later) % count.to(tl.int32), mask=mask, other=0.0)
+    square = read(squares + (first.to(tl.int32) + later) % count.to(tl.int32), mask)
     return (scale * square).to(MATH)
 
 

@@ -234,10 +234,12 @@ def mix_coeff(option, sums, cache_norm, aa, ab, n_tensors, t, MIX: tl.constexpr,
     if MIX == DECOMPOSE:
         if SCOPE == TENSOR:
             ab = read_sum(sums, n_tensors, AB, t)
-        return tl.where(aa > 0, ab / aa, 0.0)  # no tiny: it would swamp squared norms near 1e-12
-    if MIX == REUSE:
-        return reuse_coeff(tl.load(option + ALPHA), aa, tl.load(cache_norm + scope))
-    return aa * 0
+        coeff = tl.where(aa > 0, ab / aa, 0.0)  # no tiny: it would swamp squared norms near 1e-12
+    elif MIX == REUSE:
+        coeff = reuse_coeff(tl.load(option + ALPHA), aa, tl.load(cache_norm + scope))
+    else:
+        coeff = tl.full((), 0, tl.float64)
+    return coeff
 
 
 @triton.jit
