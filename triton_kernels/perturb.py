@@ -247,13 +247,16 @@ def climb_block(
 
 
 @triton.jit
-def filter_scale(scale, squares, count, stride, lo, j, mask, MATH: tl.constexpr):
-    """``scale * T_f^2`` of the entries ``j`` of a chunk that begins at entry ``lo``: in fp64, rounded once."""
-    # int32 within a chunk: the filter of its first entry, and how far the next one is
-    first, gap = (lo // stride) % count, tl.minimum(stride - lo % stride, 1 << 16).to(tl.int32)
-    later = tl.where(j < gap, 0, 1 + (j - gap) // tl.minimum(stride, 1 << 16).to(tl.int32))
-    square = read(squares + (first.to(tl.int32) + later) % count.to(tl.int32), mask)
-    return (scale * square).to(MATH)
+def block_scale(scale, squares, count, stride, lo, j, mask, direction: tl.constexpr, MATH: tl.constexpr):
+    """``scale``, or ``scale * T_f^2`` for entries ``j`` of a chunk that begins at entry ``lo``. In fp64, rounded once."""
+    if direction == PER_FILTER:
+        # int32 within a chunk: the filter of its first entry, and how far the next one is
+        first, gap = (lo // stride) % count, tl.minimum(stride - lo % stride, 1 << 16).to(tl.int32)
+        later = tl.where(j < gap, 0, 1 + (j - gap) // tl.minimum(stride, 1 << 16).to(tl.int32))
+        filters = (first.to(tl.int32) + later) % count.to(tl.int32)
+        return (scale * read(squares + filters, mask)).to(MATH)
+    else:
+        return scale.to(MATH)
 
 
 @triton.jit
@@ -285,23 +288,21 @@ def climb_range(
     g = elements(g, lo, G_DT, ALIGNED)
     saved = elements(saved, lo, W_DT, ALIGNED)
     o = tl.arange(0, BLOCK)
-    factor, eta = scale.to(MATH), eta.to(MATH)
+    eta = eta.to(MATH)
     moved_sq = tl.zeros((BLOCK // 4,), tl.float64)
     moved_eps = tl.zeros((BLOCK // 4,), tl.float64)
     eps_sq = tl.zeros((BLOCK // 4,), tl.float64)
     for i in range(n // BLOCK):
         j = i * BLOCK + o
-        if direction == PER_FILTER:
-            factor = filter_scale(scale, squares, count, stride, lo, j, None, MATH)
+        factor = block_scale(scale, squares, count, stride, lo, j, None, direction, MATH)
         x, climbed, rounded = climb_block(w, g, saved, j, None, factor, eta, moves, direction, MATH, SOFT_BF16)
         if MEASURED:
             moved_sq += lane_sums(rounded - x, rounded - x)
             moved_eps += lane_sums(rounded - x, climbed - x)
             eps_sq += lane_sums(climbed - x, climbed - x)
     j = n // BLOCK * BLOCK + o
-    if direction == PER_FILTER:
-        factor = filter_scale(scale, squares, count, stride, lo, j, j < n, MATH)
-    x, climbed, rounded = climb_block(w, g, saved, j, j < n, factor, eta, moves, direction, MATH, SOFT_BF16)
+    tail = block_scale(scale, squares, count, stride, lo, j, j < n, direction, MATH)
+    x, climbed, rounded = climb_block(w, g, saved, j, j < n, tail, eta, moves, direction, MATH, SOFT_BF16)
     if MEASURED:
         inside = (j < n).to(MATH)
         moved, eps = inside * (rounded - x), inside * (climbed - x)
