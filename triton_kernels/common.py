@@ -69,7 +69,7 @@ LARGEST_FP32 = constant(3.4028234663852886e38)
 LARGEST_FP64 = constant(1.7976931348623157e308)
 
 # A fold sums this many tensors at a time, this many chunks each.
-FOLD_TENSORS, FOLD_CHUNKS, LANES = constant(4), constant(128), constant(256)
+FOLD_TENSORS, FOLD_CHUNKS, LANES = constant(4), constant(64), constant(256)
 
 
 @triton.jit

@@ -154,11 +154,11 @@ def reduce_run(
     if (g != 0) & (climb == FILTER) & (tl.load(option + RHO) > 0):
         if n > 1:
             filter_sums(
-                w, g, eta, stride, count, per_filter, first, n, squares, partial, n_all_runs, 16, 128, W_DT, G_DT, MATH
+                w, g, eta, stride, count, per_filter, first, n, squares, partial, n_all_runs, 8, 128, W_DT, G_DT, MATH
             )
         else:
             filter_sums(
-                w, g, eta, stride, count, per_filter, first, n, squares, partial, n_all_runs, 1, 2048, W_DT, G_DT, MATH
+                w, g, eta, stride, count, per_filter, first, n, squares, partial, n_all_runs, 1, 1024, W_DT, G_DT, MATH
             )
 
 
@@ -287,25 +287,26 @@ def climb_range(
     w = elements(w, lo, W_DT, ALIGNED)
     g = elements(g, lo, G_DT, ALIGNED)
     saved = elements(saved, lo, W_DT, ALIGNED)
-    o = tl.arange(0, BLOCK)
+    # A filter-wise scale needs an address and an fp64 number an entry, a misaligned view an address an entry.
+    SIZE: tl.constexpr = BLOCK // 2 if direction == PER_FILTER or not ALIGNED else BLOCK
+    o = tl.arange(0, SIZE)
     eta = eta.to(MATH)
-    moved_sq = tl.zeros((BLOCK // 4,), tl.float64)
-    moved_eps = tl.zeros((BLOCK // 4,), tl.float64)
-    eps_sq = tl.zeros((BLOCK // 4,), tl.float64)
-    for i in range(n // BLOCK):
-        j = i * BLOCK + o
+    moved_sq = tl.zeros((SIZE // 4,), tl.float64)
+    moved_eps = tl.zeros((SIZE // 4,), tl.float64)
+    eps_sq = tl.zeros((SIZE // 4,), tl.float64)
+    for i in range(n // SIZE):
+        j = i * SIZE + o
         factor = block_scale(scale, squares, count, stride, lo, j, None, direction, MATH)
         x, climbed, rounded = climb_block(w, g, saved, j, None, factor, eta, moves, direction, MATH, SOFT_BF16)
         if MEASURED:
             moved_sq += lane_sums(rounded - x, rounded - x)
             moved_eps += lane_sums(rounded - x, climbed - x)
             eps_sq += lane_sums(climbed - x, climbed - x)
-    j = n // BLOCK * BLOCK + o
+    j = n // SIZE * SIZE + o
     tail = block_scale(scale, squares, count, stride, lo, j, j < n, direction, MATH)
     x, climbed, rounded = climb_block(w, g, saved, j, j < n, tail, eta, moves, direction, MATH, SOFT_BF16)
-    if MEASURED:
-        inside = (j < n).to(MATH)
-        moved, eps = inside * (rounded - x), inside * (climbed - x)
+    if MEASURED:  # entries beyond the end are zeros, and stay
+        moved, eps = rounded - x, climbed - x
         tl.store(partial + MOVED_SQ * n_all_chunks, tl.sum(moved_sq + lane_sums(moved, moved), 0))
         tl.store(partial + MOVED_EPS * n_all_chunks, tl.sum(moved_eps + lane_sums(moved, eps), 0))
         tl.store(partial + EPS_SQ * n_all_chunks, tl.sum(eps_sq + lane_sums(eps, eps), 0))

@@ -50,9 +50,9 @@ _DIRECTIONS = {
 
 
 def element_constants(w: torch.dtype) -> dict[str, Any]:
-    """What a kernel is compiled for by the dtype of the weights. fp64 takes twice the registers, so half the elements."""
+    """What a kernel is compiled for by the dtype of the weights. fp64 needs more registers, so fewer elements at once."""
     dtype = math_dtype(w)
-    return {"W_DT": _TYPES[w], "MATH": _TYPES[dtype], "BLOCK": 1024 if dtype == torch.float64 else 2048}
+    return {"W_DT": _TYPES[w], "MATH": _TYPES[dtype], "BLOCK": 512 if dtype == torch.float64 else 2048}
 
 
 def climb_constants(climbs: Sequence[ClimbGroup]) -> dict[str, Any]:
@@ -393,10 +393,10 @@ def _filters(p: Tensor) -> tuple[int, int]:
 
 
 def _runs(p: Tensor, count: int) -> list[tuple[int, int]]:
-    """First filter and number of filters of each run that a program sums at once: 16 short ones, or a long one."""
+    """First filter and number of filters of each run that a program sums at once: 8 short ones, or a long one."""
     if count == 0:
         return []
-    together = 16 if p.numel() // count < 2048 else 1
+    together = 8 if p.numel() // count < 1024 else 1
     return [(first, min(together, count - first)) for first in range(0, count, together)]
 
 

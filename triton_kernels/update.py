@@ -224,25 +224,6 @@ def update_norm_sq(sums, rows, places, options, cache_norm, aa, n_tensors, SCOPE
 
 
 @triton.jit
-def mix_coeff(option, sums, cache_norm, aa, ab, n_tensors, t, MIX: tl.constexpr, SCOPE: tl.constexpr):
-    """``k`` of a decomposition or ``B`` of a reuse, of tensor ``t``, in fp64."""
-    scope = t
-    if SCOPE == GLOBAL:
-        scope = n_tensors
-    else:
-        aa = read_sum(sums, n_tensors, AA, t)
-    if MIX == DECOMPOSE:
-        if SCOPE == TENSOR:
-            ab = read_sum(sums, n_tensors, AB, t)
-        coeff = tl.where(aa > 0, ab / aa, 0.0)  # no tiny: it would swamp squared norms near 1e-12
-    elif MIX == REUSE:
-        coeff = reuse_coeff(tl.load(option + ALPHA), aa, tl.load(cache_norm + scope))
-    else:
-        coeff = tl.full((), 0, tl.float64)
-    return coeff
-
-
-@triton.jit
 def sgd_options(option, MATH: tl.constexpr):
     """Rounded once, like the options of every backend."""
     lr, weight_decay = tl.load(option + LR).to(MATH), tl.load(option + WEIGHT_DECAY).to(MATH)
@@ -292,15 +273,81 @@ def adam(x, u, m, v, j, mask, options):
 
 
 @triton.jit
+def decompose_block(
+    cache, g, first, has_first, coeff, j, mask, CACHE_DT: tl.constexpr, MATH: tl.constexpr, SOFT_BF16: tl.constexpr
+):
+    """``cache = g - k first`` on one block. Returns sums of squares of what was stored."""
+    if mask is None:
+        inside = only_if(has_first, tl.full((j.shape[0],), 1, tl.int1))
+    else:
+        inside = only_if(has_first, mask)
+    stored = round_to(read(g + j, mask).to(MATH) - coeff * read(first + j, inside).to(MATH), CACHE_DT, SOFT_BF16)
+    tl.store(cache + j, stored, mask=mask)
+    return lane_sums(stored.to(MATH), stored.to(MATH))
+
+
+@triton.jit
+def decompose_range(
+    g,
+    first,
+    cache,
+    lo,
+    n,
+    coeff,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    G_DT: tl.constexpr,
+    FIRST_DT: tl.constexpr,
+    CACHE_DT: tl.constexpr,
+    MATH: tl.constexpr,
+    SOFT_BF16: tl.constexpr,
+):
+    """The part of the second gradient orthogonal to the first (none: all of it), and its sum of squares."""
+    has_first, coeff = first != 0, coeff.to(MATH)
+    g, first = elements(g, lo, G_DT, ALIGNED), elements(first, lo, FIRST_DT, ALIGNED)
+    cache = elements(cache, lo, CACHE_DT, ALIGNED)
+    cc = tl.zeros((BLOCK // 4,), tl.float64)
+    o = tl.arange(0, BLOCK)
+    for i in range(n // BLOCK):
+        cc += decompose_block(cache, g, first, has_first, coeff, i * BLOCK + o, None, CACHE_DT, MATH, SOFT_BF16)
+    j = n // BLOCK * BLOCK + o
+    cc += decompose_block(cache, g, first, has_first, coeff, j, j < n, CACHE_DT, MATH, SOFT_BF16)
+    return tl.sum(cc, 0)
+
+
+@triton.jit
+def decompose_chunk(
+    t,
+    lo,
+    n,
+    rows,
+    coeff,
+    n_tensors,
+    BLOCK: tl.constexpr,
+    G_DT: tl.constexpr,
+    FIRST_DT: tl.constexpr,
+    CACHE_DT: tl.constexpr,
+    MATH: tl.constexpr,
+    SOFT_BF16: tl.constexpr,
+):
+    g, first = tl.load(rows + GRAD * n_tensors + t), tl.load(rows + FIRST * n_tensors + t)
+    cache = tl.load(rows + CACHE * n_tensors + t)
+    if ((g | first | cache) & 15) == 0:
+        cc = decompose_range(g, first, cache, lo, n, coeff, True, BLOCK, G_DT, FIRST_DT, CACHE_DT, MATH, SOFT_BF16)
+    else:
+        cc = decompose_range(g, first, cache, lo, n, coeff, False, BLOCK, G_DT, FIRST_DT, CACHE_DT, MATH, SOFT_BF16)
+    return cc
+
+
+@triton.jit
 def update_block(
     w,
     source,
     g,
-    other,
     cache,
     m,
     v,
-    has_other,
+    has_cache,
     j,
     mask,
     coeff,
@@ -314,25 +361,17 @@ def update_block(
     WITH_BUFFER: tl.constexpr,
     W_DT: tl.constexpr,
     G_DT: tl.constexpr,
-    CACHE_DT: tl.constexpr,
     MATH: tl.constexpr,
     SOFT_BF16: tl.constexpr,
 ):
-    """Mixes, clips and steps on one block. Returns what the cache now holds, in the math dtype."""
+    """Mixes, clips and steps on one block."""
     u = read(g + j, mask).to(MATH)
-    kept = u
-    if MIX != GRADIENT:
+    if MIX == REUSE:
         if mask is None:
-            inside = only_if(has_other, tl.full((j.shape[0],), 1, tl.int1))
+            inside = only_if(has_cache, tl.full((j.shape[0],), 1, tl.int1))
         else:
-            inside = only_if(has_other, mask)
-        b = read(other + j, inside).to(MATH)
-        if MIX == DECOMPOSE:
-            stored = round_to(u - coeff * b, CACHE_DT, SOFT_BF16)
-            tl.store(cache + j, stored, mask=mask)
-            kept = stored.to(MATH)
-        else:
-            u = tl.where(has_other, u + coeff * b, u)
+            inside = only_if(has_cache, mask)
+        u = tl.where(has_cache, u + coeff * read(cache + j, inside).to(MATH), u)
     if CLIPS:
         u = clip * u
     if BASE == NONE:
@@ -345,7 +384,6 @@ def update_block(
         else:
             x = adam(x, u, m, v, j, mask, options)
         tl.store(w + j, round_to(x, W_DT, SOFT_BF16), mask=mask)
-    return kept
 
 
 @triton.jit
@@ -353,7 +391,6 @@ def update_range(
     t,
     lo,
     n,
-    partial,
     rows,
     option,
     sums,
@@ -361,7 +398,6 @@ def update_range(
     clip,
     fresh,
     n_tensors,
-    n_all_chunks,
     BASE: tl.constexpr,
     MIX: tl.constexpr,
     CLIPS: tl.constexpr,
@@ -371,45 +407,36 @@ def update_range(
     BLOCK: tl.constexpr,
     W_DT: tl.constexpr,
     G_DT: tl.constexpr,
-    OTHER_DT: tl.constexpr,
     CACHE_DT: tl.constexpr,
     MATH: tl.constexpr,
     SOFT_BF16: tl.constexpr,
 ):
-    """The update of one chunk. OTHER is the first gradient of a decomposition or the cache of a reuse."""
+    """The base update of a range of one tensor."""
     w_address, saved = tl.load(rows + W * n_tensors + t), tl.load(rows + SAVED * n_tensors + t)
+    cache_address = tl.load(rows + CACHE * n_tensors + t)
     w = elements(w_address, lo, W_DT, ALIGNED)
     source = elements(tl.where(saved != 0, saved, w_address), lo, W_DT, ALIGNED)
     g = elements(tl.load(rows + GRAD * n_tensors + t), lo, G_DT, ALIGNED)
     m = elements(tl.load(rows + STATE1 * n_tensors + t), lo, MATH, ALIGNED)
     v = elements(tl.load(rows + STATE2 * n_tensors + t), lo, MATH, ALIGNED)
-    cache_address = tl.load(rows + CACHE * n_tensors + t)
-    cache = elements(cache_address, lo, CACHE_DT, ALIGNED)
-    other_address = cache_address
-    if MIX == DECOMPOSE:
-        other_address = tl.load(rows + FIRST * n_tensors + t)
-    other = elements(other_address, lo, OTHER_DT, ALIGNED)
-    has_other = other_address != 0
+    cache, has_cache = elements(cache_address, lo, CACHE_DT, ALIGNED), cache_address != 0
     coeff, clip = coeff.to(MATH), clip.to(MATH)
     options = sgd_options(option, MATH)
     if BASE >= ADAM:
         options = adam_options(option, sums, n_tensors, t, BASE, MATH)
-    cc = tl.zeros((BLOCK // 4,), tl.float64)
-    o = tl.arange(0, BLOCK)
-    for i in range(n // BLOCK):
-        kept = update_block(
-            w, source, g, other, cache, m, v, has_other, i * BLOCK + o, None, coeff, clip, fresh, options,
-            BASE, MIX, CLIPS, HANDS_OVER, WITH_BUFFER, W_DT, G_DT, CACHE_DT, MATH, SOFT_BF16,
+    # With more operands fewer elements at once: 64 registers have to hold them.
+    SIZE: tl.constexpr = BLOCK // 2 if BASE >= ADAM or MIX == REUSE else BLOCK
+    o = tl.arange(0, SIZE)
+    for i in range(n // SIZE):
+        update_block(
+            w, source, g, cache, m, v, has_cache, i * SIZE + o, None, coeff, clip, fresh, options,
+            BASE, MIX, CLIPS, HANDS_OVER, WITH_BUFFER, W_DT, G_DT, MATH, SOFT_BF16,
         )  # fmt: skip
-        if MIX == DECOMPOSE:
-            cc += lane_sums(kept, kept)
-    j = n // BLOCK * BLOCK + o
-    kept = update_block(
-        w, source, g, other, cache, m, v, has_other, j, j < n, coeff, clip, fresh, options,
-        BASE, MIX, CLIPS, HANDS_OVER, WITH_BUFFER, W_DT, G_DT, CACHE_DT, MATH, SOFT_BF16,
+    j = n // SIZE * SIZE + o
+    update_block(
+        w, source, g, cache, m, v, has_cache, j, j < n, coeff, clip, fresh, options,
+        BASE, MIX, CLIPS, HANDS_OVER, WITH_BUFFER, W_DT, G_DT, MATH, SOFT_BF16,
     )  # fmt: skip
-    if MIX == DECOMPOSE:  # lanes beyond the end loaded zeros, and hold zeros
-        tl.store(partial + CC * n_all_chunks, tl.sum(cc + lane_sums(kept, kept), 0))
 
 
 @triton.jit
@@ -438,52 +465,26 @@ def forget_chunk(t, lo, n, rows, n_tensors, BLOCK: tl.constexpr, CACHE_DT: tl.co
     """A tensor whose second gradient is missing leaves nothing to reuse; one without any gradient keeps what it had."""
     cache, first = tl.load(rows + CACHE * n_tensors + t), tl.load(rows + FIRST * n_tensors + t)
     if (cache != 0) & (first != 0):
-        cache = elements(cache, lo, CACHE_DT, False)
+        forgotten = elements(cache, lo, CACHE_DT, False)
         for i in range(tl.cdiv(n, BLOCK)):
             j = i * BLOCK + tl.arange(0, BLOCK)
-            tl.store(cache + j, tl.zeros((BLOCK,), CACHE_DT), mask=j < n)
+            tl.store(forgotten + j, tl.zeros((BLOCK,), CACHE_DT), mask=j < n)
 
 
 @triton.jit
 def update_chunk(
-    t, lo, n, partial, rows, option, sums, coeff, clip, fresh, n_tensors, n_all_chunks,
-    BASE: tl.constexpr,
-    MIX: tl.constexpr,
-    CLIPS: tl.constexpr,
-    HANDS_OVER: tl.constexpr,
-    WITH_BUFFER: tl.constexpr,
-    BLOCK: tl.constexpr,
-    W_DT: tl.constexpr,
-    G_DT: tl.constexpr,
-    OTHER_DT: tl.constexpr,
-    CACHE_DT: tl.constexpr,
-    MATH: tl.constexpr,
-    SOFT_BF16: tl.constexpr,
-):  # fmt: skip
-    """The update of one chunk, with wide accesses if all that it touches is aligned."""
-    used = tl.load(rows + GRAD * n_tensors + t)
-    if BASE != NONE:
-        used = used | tl.load(rows + W * n_tensors + t) | tl.load(rows + SAVED * n_tensors + t)
-        used = used | tl.load(rows + STATE1 * n_tensors + t) | tl.load(rows + STATE2 * n_tensors + t)
-    if MIX != GRADIENT:
-        used = used | tl.load(rows + CACHE * n_tensors + t)
-    if MIX == DECOMPOSE:
-        used = used | tl.load(rows + FIRST * n_tensors + t)
-    if (used & 15) == 0:
-        update_range(
-            t, lo, n, partial, rows, option, sums, coeff, clip, fresh, n_tensors, n_all_chunks,
-            BASE, MIX, CLIPS, HANDS_OVER, WITH_BUFFER, True, BLOCK, W_DT, G_DT, OTHER_DT, CACHE_DT, MATH, SOFT_BF16,
-        )  # fmt: skip
-    else:
-        update_range(
-            t, lo, n, partial, rows, option, sums, coeff, clip, fresh, n_tensors, n_all_chunks,
-            BASE, MIX, CLIPS, HANDS_OVER, WITH_BUFFER, False, BLOCK, W_DT, G_DT, OTHER_DT, CACHE_DT, MATH, SOFT_BF16,
-        )  # fmt: skip
-
-
-@triton.jit
-def apply_chunk(
-    t, lo, n, partial, rows, places, options, sums, cache_norm, fresh, aa, ab, clip, n_tensors, n_all_chunks,
+    t,
+    lo,
+    n,
+    rows,
+    places,
+    options,
+    sums,
+    cache_norm,
+    fresh,
+    aa,
+    clip,
+    n_tensors,
     BASE: tl.constexpr,
     MIX: tl.constexpr,
     SCOPE: tl.constexpr,
@@ -492,31 +493,69 @@ def apply_chunk(
     BLOCK: tl.constexpr,
     W_DT: tl.constexpr,
     G_DT: tl.constexpr,
-    OTHER_DT: tl.constexpr,
     CACHE_DT: tl.constexpr,
     MATH: tl.constexpr,
     SOFT_BF16: tl.constexpr,
-):  # fmt: skip
-    """Finds the coefficient of the tensor, and whether it has a momentum buffer."""
+):
+    """Mixes, clips and steps: with wide accesses if all that is touched is aligned, with momentum if there is a buffer."""
     option = options + group_of(places, n_tensors, t) * N_OPTIONS
-    coeff = mix_coeff(option, sums, cache_norm, aa, ab, n_tensors, t, MIX, SCOPE)
     is_fresh = tl.load(fresh + t) != 0
-    if BASE == SGD:
-        if tl.load(rows + STATE1 * n_tensors + t) != 0:
-            update_chunk(
-                t, lo, n, partial, rows, option, sums, coeff, clip, is_fresh, n_tensors, n_all_chunks,
-                BASE, MIX, CLIPS, HANDS_OVER, True, BLOCK, W_DT, G_DT, OTHER_DT, CACHE_DT, MATH, SOFT_BF16,
-            )  # fmt: skip
+    coeff = tl.full((), 0, tl.float64)
+    if MIX == REUSE:
+        if SCOPE == TENSOR:
+            coeff = reuse_coeff(tl.load(option + ALPHA), read_sum(sums, n_tensors, AA, t), tl.load(cache_norm + t))
         else:
-            update_chunk(
-                t, lo, n, partial, rows, option, sums, coeff, clip, is_fresh, n_tensors, n_all_chunks,
-                BASE, MIX, CLIPS, HANDS_OVER, False, BLOCK, W_DT, G_DT, OTHER_DT, CACHE_DT, MATH, SOFT_BF16,
-            )  # fmt: skip
+            coeff = reuse_coeff(tl.load(option + ALPHA), aa, tl.load(cache_norm + n_tensors))
+    m = tl.load(rows + STATE1 * n_tensors + t)
+    used = m | tl.load(rows + GRAD * n_tensors + t) | tl.load(rows + STATE2 * n_tensors + t)
+    if BASE != NONE:
+        used = used | tl.load(rows + W * n_tensors + t) | tl.load(rows + SAVED * n_tensors + t)
+    if MIX == REUSE:
+        used = used | tl.load(rows + CACHE * n_tensors + t)
+    for with_buffer in tl.static_range(2):
+        if with_buffer == 0 or BASE == SGD:
+            if (BASE != SGD) | ((m != 0) == (with_buffer == 1)):
+                if (used & 15) == 0:
+                    update_range(
+                        t, lo, n, rows, option, sums, coeff, clip, is_fresh, n_tensors, BASE, MIX, CLIPS, HANDS_OVER,
+                        with_buffer == 1, True, BLOCK, W_DT, G_DT, CACHE_DT, MATH, SOFT_BF16,
+                    )  # fmt: skip
+                else:
+                    update_range(
+                        t, lo, n, rows, option, sums, coeff, clip, is_fresh, n_tensors, BASE, MIX, CLIPS, HANDS_OVER,
+                        with_buffer == 1, False, BLOCK, W_DT, G_DT, CACHE_DT, MATH, SOFT_BF16,
+                    )  # fmt: skip
+
+
+@triton.jit
+def mix_chunk(
+    t,
+    lo,
+    n,
+    partial,
+    rows,
+    sums,
+    aa,
+    ab,
+    n_tensors,
+    n_all_chunks,
+    SCOPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    G_DT: tl.constexpr,
+    FIRST_DT: tl.constexpr,
+    CACHE_DT: tl.constexpr,
+    MATH: tl.constexpr,
+    SOFT_BF16: tl.constexpr,
+):
+    """DECOMPOSE on a chunk: fills the cache, or empties it where there is only a first gradient."""
+    if tl.load(rows + GRAD * n_tensors + t) != 0:
+        if SCOPE == TENSOR:
+            aa, ab = read_sum(sums, n_tensors, AA, t), read_sum(sums, n_tensors, AB, t)
+        coeff = tl.where(aa > 0, ab / aa, 0.0)  # no tiny: it would swamp squared norms near 1e-12
+        cc = decompose_chunk(t, lo, n, rows, coeff, n_tensors, BLOCK, G_DT, FIRST_DT, CACHE_DT, MATH, SOFT_BF16)
+        tl.store(partial + CC * n_all_chunks, cc)
     else:
-        update_chunk(
-            t, lo, n, partial, rows, option, sums, coeff, clip, is_fresh, n_tensors, n_all_chunks,
-            BASE, MIX, CLIPS, HANDS_OVER, False, BLOCK, W_DT, G_DT, OTHER_DT, CACHE_DT, MATH, SOFT_BF16,
-        )  # fmt: skip
+        forget_chunk(t, lo, n, rows, n_tensors, BLOCK, CACHE_DT)
 
 
 @triton.jit
@@ -691,21 +730,29 @@ def update_kernel(
             clip = tl.where(factor < 1, factor, clip)
         if tl.program_id(0) == 0:
             write_report(report, finite, tl.sqrt(grad_sq), norm_of_u, LOOKED)
+        if MIX == DECOMPOSE:
+            # A loop of its own: all operands at once do not fit into 64 registers.
+            for k in range(begin, tl.where(skip, begin, end)):
+                c = end - 1 - (k - begin)
+                t, lo, n, place = locate(chunks, rows, places, n_tensors, n_chunks, c)
+                mix_chunk(
+                    t, lo, n, partials + place, rows, sums, aa, ab, n_tensors, n_all_chunks,
+                    SCOPE, BLOCK, G_DT, OTHER_DT, CACHE_DT, MATH, SOFT_BF16,
+                )  # fmt: skip
         for k in range(begin, end):
-            c = end - 1 - (k - begin)  # the gradients read last are still in L2
-            t, lo, n, place = locate(chunks, rows, places, n_tensors, n_chunks, c)
-            without_grad = tl.load(rows + GRAD * n_tensors + t) == 0
-            if BASE == NONE or (skip | without_grad):
-                restore_chunk(t, lo, n, rows, n_tensors, BLOCK, BITS)
+            # There and back again: what was read last is still in L2.
+            c = end - 1 - (k - begin)
             if MIX == DECOMPOSE:
-                if without_grad & (skip == 0):
-                    forget_chunk(t, lo, n, rows, n_tensors, BLOCK, CACHE_DT)
-            if BASE != NONE or HANDS_OVER or MIX == DECOMPOSE:
-                if (skip | without_grad) == 0:
-                    apply_chunk(
-                        t, lo, n, partials + place, rows, places, options, sums, cache_norm, fresh, aa, ab, clip,
-                        n_tensors, n_all_chunks, BASE, MIX, SCOPE, CLIPS, HANDS_OVER, BLOCK, W_DT, G_DT, OTHER_DT,
-                        CACHE_DT, MATH, SOFT_BF16,
+                c = k
+            t, lo, n, _ = locate(chunks, rows, places, n_tensors, n_chunks, c)
+            only_restored = skip | (tl.load(rows + GRAD * n_tensors + t) == 0)
+            if BASE == NONE or only_restored:
+                restore_chunk(t, lo, n, rows, n_tensors, BLOCK, BITS)
+            if BASE != NONE or HANDS_OVER:
+                if only_restored == 0:
+                    update_chunk(
+                        t, lo, n, rows, places, options, sums, cache_norm, fresh, aa, clip, n_tensors,
+                        BASE, MIX, SCOPE, CLIPS, HANDS_OVER, BLOCK, W_DT, G_DT, CACHE_DT, MATH, SOFT_BF16,
                     )  # fmt: skip
     barrier_before(SETTLE, PHASES, sem)
     if PHASES & SETTLE:
