@@ -72,7 +72,9 @@ def scripted(params, t, bad_step=None):
         calls.append(t)
         for i, p in enumerate(params):
             p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-            missing = (i + t) % 7 == 0 or ((i + t) % 5 == 0 and len(calls) == 2) or ((i + t) % 6 == 0 and len(calls) == 1)
+            missing = (
+                (i + t) % 7 == 0 or ((i + t) % 5 == 0 and len(calls) == 2) or ((i + t) % 6 == 0 and len(calls) == 1)
+            )
             if t == bad_step and i == 4:
                 p.grad.view(-1)[-1:] = math.nan
             elif missing:
@@ -106,7 +108,9 @@ def assert_same_training(*args, **options):
         assert all(same(state[key], expected_state[key]) for key in state)
         cache, expected_cache = opt._keeper.kept.cache.get(p), twin._keeper.kept.cache.get(q)
         assert (cache is None) == (expected_cache is None)
-        assert cache is None or same(cache + 0, expected_cache + 0)  # forgotten by the reference as 0 times what it was: -0
+        assert cache is None or same(
+            cache + 0, expected_cache + 0
+        )  # forgotten by the reference as 0 times what it was: -0
     kept, expected_kept = opt._keeper.kept, twin._keeper.kept
     assert torch.equal(kept.fresh, expected_kept.fresh)
     assert torch.equal(kept.skips, expected_kept.skips)
@@ -233,7 +237,9 @@ def test_filters_in_dense_layouts(make):
         p = nn.Parameter(w.clone(memory_format=torch.preserve_format))
         p.grad = g.clone()
         kept, report = Kept([p]), poisoned_report()
-        cls([p], [0], kept.cache_norm, kept.fresh, kept.skips).perturb([ClimbGroup(Climb.FILTER, 0.5, 0.01)], False, report)
+        cls([p], [0], kept.cache_norm, kept.fresh, kept.skips).perturb(
+            [ClimbGroup(Climb.FILTER, 0.5, 0.01)], False, report
+        )
         results.append(p.detach())
     assert results[0].stride() == w.stride()
     assert same(*results)
@@ -282,7 +288,9 @@ def test_nothing_is_read_back(monkeypatch):
     plan, params, kept = make_plans(SHAPES)[0]
     for i, p in enumerate(params):
         plan.bind_cache(i, torch.zeros_like(p))
-    state = {p: {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")} | {"step": torch.tensor(0.0)} for p in params}
+    state = {
+        p: {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")} | {"step": torch.tensor(0.0)} for p in params
+    }
     plan.bind_state(state, ("exp_avg", "exp_avg_sq", "step"))
     grads, report = [torch.randn_like(p) for p in params], poisoned_report()
 
@@ -319,14 +327,18 @@ def test_values_of_options_compile_nothing():
 
 
 def test_where_it_serves():
-    assert samkern.backends()["triton"].why.endswith("interpreted (TRITON_INTERPRET=1): CPU tensors only, slowly, for tests")
+    assert samkern.backends()["triton"].why.endswith(
+        "interpreted (TRITON_INTERPRET=1): CPU tensors only, slowly, for tests"
+    )
     opt = samkern.SAM([nn.Parameter(torch.ones(3))], torch.optim.SGD, lr=0.1)
     assert "backend: triton" not in opt.explain()  # not the fastest
     with pytest.raises(ValueError, match="backend 'triton' serves CPU tensors, got tensors on meta"):
         samkern.SAM([nn.Parameter(torch.ones(3, device="meta"))], torch.optim.SGD, lr=0.1, backend="triton").explain()
     p = [nn.Parameter(torch.ones(3, device="meta"))]
     kept = Kept(p)
-    with pytest.raises(RuntimeError, match="parameters on meta in Triton's interpreter, which cannot read their memory"):
+    with pytest.raises(
+        RuntimeError, match="parameters on meta in Triton's interpreter, which cannot read their memory"
+    ):
         TritonPlan(p, [0], kept.cache_norm, kept.fresh, kept.skips)
 
 

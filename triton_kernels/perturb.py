@@ -289,27 +289,28 @@ def climb_range(
     saved = elements(saved, lo, W_DT, ALIGNED)
     # A filter-wise scale needs an address and an fp64 number an entry, a misaligned view an address an entry.
     SIZE: tl.constexpr = BLOCK // 2 if direction == PER_FILTER or not ALIGNED else BLOCK
+    LANE: tl.constexpr = 128 // W_DT.primitive_bitwidth
     o = tl.arange(0, SIZE)
     eta = eta.to(MATH)
-    moved_sq = tl.zeros((SIZE // 4,), tl.float64)
-    moved_eps = tl.zeros((SIZE // 4,), tl.float64)
-    eps_sq = tl.zeros((SIZE // 4,), tl.float64)
+    moved_sq = tl.zeros((SIZE // LANE,), tl.float64)
+    moved_eps = tl.zeros((SIZE // LANE,), tl.float64)
+    eps_sq = tl.zeros((SIZE // LANE,), tl.float64)
     for i in range(n // SIZE):
         j = i * SIZE + o
         factor = block_scale(scale, squares, count, stride, lo, j, None, direction, MATH)
         x, climbed, rounded = climb_block(w, g, saved, j, None, factor, eta, moves, direction, MATH, SOFT_BF16)
         if MEASURED:
-            moved_sq += lane_sums(rounded - x, rounded - x)
-            moved_eps += lane_sums(rounded - x, climbed - x)
-            eps_sq += lane_sums(climbed - x, climbed - x)
+            moved_sq += lane_sums(rounded - x, rounded - x, LANE)
+            moved_eps += lane_sums(rounded - x, climbed - x, LANE)
+            eps_sq += lane_sums(climbed - x, climbed - x, LANE)
     j = n // SIZE * SIZE + o
     tail = block_scale(scale, squares, count, stride, lo, j, j < n, direction, MATH)
     x, climbed, rounded = climb_block(w, g, saved, j, j < n, tail, eta, moves, direction, MATH, SOFT_BF16)
     if MEASURED:  # entries beyond the end are zeros, and stay
         moved, eps = rounded - x, climbed - x
-        tl.store(partial + MOVED_SQ * n_all_chunks, tl.sum(moved_sq + lane_sums(moved, moved), 0))
-        tl.store(partial + MOVED_EPS * n_all_chunks, tl.sum(moved_eps + lane_sums(moved, eps), 0))
-        tl.store(partial + EPS_SQ * n_all_chunks, tl.sum(eps_sq + lane_sums(eps, eps), 0))
+        tl.store(partial + MOVED_SQ * n_all_chunks, tl.sum(moved_sq + lane_sums(moved, moved, LANE), 0))
+        tl.store(partial + MOVED_EPS * n_all_chunks, tl.sum(moved_eps + lane_sums(moved, eps, LANE), 0))
+        tl.store(partial + EPS_SQ * n_all_chunks, tl.sum(eps_sq + lane_sums(eps, eps, LANE), 0))
 
 
 @triton.jit

@@ -27,13 +27,11 @@ from .common import INTERPRETED
 from .perturb import perturb_kernel
 from .update import restore_kernel, update_kernel
 
-# 64 registers a thread: four programs of 256 threads fit on a multiprocessor of every GPU since sm_80, so that many may
-# wait for each other at a barrier. Contraction is off, so that the bits are those of every other backend.
-COMPILER_OPTIONS = {"num_warps": 8, "maxnreg": 64, "enable_fp_fusion": False}
-PROGRAMS_PER_SM = 4
+# Contraction is off, so that the bits are those of every other backend.
+COMPILER_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+_THREADS, _REGISTERS_PER_SM = 256, 65_536  # of every multiprocessor since sm_70
 
-_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_BITS = {2: tl.int16, 4: tl.int32, 8: tl.int64}
+TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _EMPTY = 16  # address of a tensor without memory, which is there all the same
 
 _NEEDS = {
@@ -52,7 +50,22 @@ _DIRECTIONS = {
 def element_constants(w: torch.dtype) -> dict[str, Any]:
     """What a kernel is compiled for by the dtype of the weights. fp64 needs more registers, so fewer elements at once."""
     dtype = math_dtype(w)
-    return {"W_DT": _TYPES[w], "MATH": _TYPES[dtype], "BLOCK": 512 if dtype == torch.float64 else 2048}
+    return {"W_DT": TYPES[w], "MATH": TYPES[dtype], "BLOCK": 512 if dtype == torch.float64 else 2048}
+
+
+def width_of(dtype: torch.dtype) -> Any:
+    """The integer type as wide as ``dtype``, for copies."""
+    return {2: tl.int16, 4: tl.int32, 8: tl.int64}[dtype.itemsize]
+
+
+def registers_for(dtypes: Iterable[torch.dtype], filters: bool = False) -> int:
+    """Registers a thread may use: the fewest that spill nothing.
+
+    A cooperative launch must know how many programs are resident, and this says it: 4, 3 or 2 on a multiprocessor.
+    """
+    if torch.float64 in dtypes:
+        return 96
+    return 64 if set(dtypes) == {torch.float32} and not filters else 80
 
 
 def climb_constants(climbs: Sequence[ClimbGroup]) -> dict[str, Any]:
@@ -110,7 +123,8 @@ class TritonPlan(ReferencePlan):
         halves = any(p.element_size() == 2 for p in self._params)
         phases = int(common.REDUCE) | int(common.FOLD) | int(common.APPLY)
         constants = {**climb_constants(climbs), "HALVES": halves}
-        if any(group.climb == Climb.FILTER for group in climbs) and self._filter_squares.numel() < self._n_filters:
+        filters = any(group.climb == Climb.FILTER for group in climbs)
+        if filters and self._filter_squares.numel() < self._n_filters:
             self._filter_squares = self._filter_squares.new_empty(self._n_filters)
 
         def launch(part: Slice, phases: int) -> None:
@@ -121,8 +135,9 @@ class TritonPlan(ReferencePlan):
                 (self._filter_squares, self._sums, report, self._sem),
                 (len(self._params), part.chunks.shape[1], self._n_chunks, part.runs.shape[1], self._n_runs),
                 max(part.chunks.shape[1], part.runs.shape[1]),
+                registers_for(part.dtypes, filters),
                 PHASES=phases,
-                G_DT=_TYPES[g],
+                G_DT=TYPES[g],
                 SOFT_BF16=INTERPRETED,
                 **constants,
                 **element_constants(w),
@@ -183,11 +198,12 @@ class TritonPlan(ReferencePlan):
                 (self._cache_norm, self._fresh, self._skips, report, self._sem),
                 (len(self._params), n_groups, part.chunks.shape[1], self._n_chunks),
                 part.chunks.shape[1],
+                registers_for(part.dtypes),
                 PHASES=phases,
-                G_DT=_TYPES[g],
-                OTHER_DT=_TYPES[other],
-                CACHE_DT=_TYPES[kept],
-                BITS=_BITS[w.itemsize],
+                G_DT=TYPES[g],
+                OTHER_DT=TYPES[other],
+                CACHE_DT=TYPES[kept],
+                BITS=width_of(w),
                 SOFT_BF16=INTERPRETED,
                 **constants,
                 **element_constants(w),
@@ -216,7 +232,8 @@ class TritonPlan(ReferencePlan):
                 (len(self._params), part.chunks.shape[1]),
                 (),
                 part.chunks.shape[1],
-                BITS=_BITS[part.dtypes[0].itemsize],
+                registers_for(part.dtypes),
+                BITS=width_of(part.dtypes[0]),
                 BLOCK=element_constants(part.dtypes[0])["BLOCK"],
             )
 
@@ -353,16 +370,22 @@ class TritonPlan(ReferencePlan):
         more: tuple[Any, ...],
         counts: tuple[int, ...],
         work: int,
+        registers: int,
         **constants: Any,
     ) -> None:
-        if INTERPRETED:
+        """``work``: how many programs could have something to do."""
+        if INTERPRETED:  # a few programs, one after another
             kernel[(min(max(work, 1), 3),)](*tables, *more, *counts, **constants)
             return
         with torch.cuda.device(self._device):
-            resident = PROGRAMS_PER_SM * torch.cuda.get_device_properties(self._device).multi_processor_count
-            grid = (min(max(work, 1), resident),)
-            cooperative = constants.get("PHASES", 0) not in (0, *common.ALL_PHASES)
-            kernel[grid](*tables, *more, *counts, **constants, launch_cooperative_grid=cooperative, **COMPILER_OPTIONS)
+            per_sm = _REGISTERS_PER_SM // (registers * _THREADS)
+            resident = per_sm * torch.cuda.get_device_properties(self._device).multi_processor_count
+            options = {
+                **COMPILER_OPTIONS,
+                "maxnreg": registers,
+                "launch_cooperative_grid": constants.get("PHASES", 1) not in common.ALL_PHASES,
+            }
+            kernel[(min(max(work, 1), resident),)](*tables, *more, *counts, **constants, **options)
 
 
 def _check_device(device: torch.device) -> None:

@@ -28,16 +28,16 @@ GRADIENT_ONLY, WITH_WEIGHTS, WEIGHED = (constant(i) for i in range(3))
 
 
 @triton.jit
-def gradient_block(g, w, eta, j, mask, aa, ww, tt, needs: tl.constexpr, MATH: tl.constexpr):
+def gradient_block(g, w, eta, j, mask, aa, ww, tt, needs: tl.constexpr, LANE: tl.constexpr, MATH: tl.constexpr):
     a = read(g + j, mask).to(MATH)
-    aa += lane_sums(a, a)
+    aa += lane_sums(a, a, LANE)
     if needs != GRADIENT_ONLY:
         x = read(w + j, mask).to(MATH)
         if needs == WITH_WEIGHTS:
-            ww += lane_sums(x, x)
+            ww += lane_sums(x, x, LANE)
         else:
             weighed = (tl.abs(x) + eta) * a
-            tt += lane_sums(weighed, weighed)
+            tt += lane_sums(weighed, weighed, LANE)
     return aa, ww, tt
 
 
@@ -61,23 +61,24 @@ def gradient_sums(
     g = elements(g, lo, G_DT, ALIGNED)
     w = elements(w, lo, W_DT, ALIGNED)
     o = tl.arange(0, BLOCK)
-    aa = tl.zeros((BLOCK // 4,), tl.float64)
-    ww = tl.zeros((BLOCK // 4,), tl.float64)
-    tt = tl.zeros((BLOCK // 4,), tl.float64)
+    LANE: tl.constexpr = 128 // G_DT.primitive_bitwidth
+    aa = tl.zeros((BLOCK // LANE,), tl.float64)
+    ww = tl.zeros((BLOCK // LANE,), tl.float64)
+    tt = tl.zeros((BLOCK // LANE,), tl.float64)
     for i in range(n // BLOCK):  # unmasked: a mask of unknown length costs the 16-byte loads
-        aa, ww, tt = gradient_block(g, w, eta, i * BLOCK + o, None, aa, ww, tt, needs, MATH)
+        aa, ww, tt = gradient_block(g, w, eta, i * BLOCK + o, None, aa, ww, tt, needs, LANE, MATH)
     j = n // BLOCK * BLOCK + o
-    aa, ww, tt = gradient_block(g, w, eta, j, j < n, aa, ww, tt, needs, MATH)
+    aa, ww, tt = gradient_block(g, w, eta, j, j < n, aa, ww, tt, needs, LANE, MATH)
     tl.store(partial + AA * n_all_chunks, tl.sum(aa, 0))
     tl.store(partial + WW * n_all_chunks, tl.sum(ww, 0))
     tl.store(partial + TT * n_all_chunks, tl.sum(tt, 0))
 
 
 @triton.jit
-def pair_block(a, b, j, mask_a, mask_b, aa, ab, bb, MATH: tl.constexpr):
+def pair_block(a, b, j, mask_a, mask_b, aa, ab, bb, LANE: tl.constexpr, MATH: tl.constexpr):
     x = read(a + j, mask_a).to(MATH)
     y = read(b + j, mask_b).to(MATH)
-    return aa + lane_sums(x, x), ab + lane_sums(x, y), bb + lane_sums(y, y)
+    return aa + lane_sums(x, x, LANE), ab + lane_sums(x, y, LANE), bb + lane_sums(y, y, LANE)
 
 
 @triton.jit
@@ -100,13 +101,14 @@ def pair_sums(
     a = elements(a, lo, A_DT, ALIGNED)
     b = elements(b, lo, B_DT, ALIGNED)
     o = tl.arange(0, BLOCK)
-    aa = tl.zeros((BLOCK // 4,), tl.float64)
-    ab = tl.zeros((BLOCK // 4,), tl.float64)
-    bb = tl.zeros((BLOCK // 4,), tl.float64)
+    LANE: tl.constexpr = 128 // A_DT.primitive_bitwidth
+    aa = tl.zeros((BLOCK // LANE,), tl.float64)
+    ab = tl.zeros((BLOCK // LANE,), tl.float64)
+    bb = tl.zeros((BLOCK // LANE,), tl.float64)
     for i in range(n // BLOCK):
-        aa, ab, bb = pair_block(a, b, i * BLOCK + o, has_a, has_b, aa, ab, bb, MATH)
+        aa, ab, bb = pair_block(a, b, i * BLOCK + o, has_a, has_b, aa, ab, bb, LANE, MATH)
     j = n // BLOCK * BLOCK + o
-    aa, ab, bb = pair_block(a, b, j, has_a & (j < n), has_b & (j < n), aa, ab, bb, MATH)
+    aa, ab, bb = pair_block(a, b, j, has_a & (j < n), has_b & (j < n), aa, ab, bb, LANE, MATH)
     tl.store(partial + AA * n_all_chunks, tl.sum(aa, 0))
     tl.store(partial + AB * n_all_chunks, tl.sum(ab, 0))
     tl.store(partial + BB * n_all_chunks, tl.sum(bb, 0))

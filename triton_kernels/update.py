@@ -274,7 +274,17 @@ def adam(x, u, m, v, j, mask, options):
 
 @triton.jit
 def decompose_block(
-    cache, g, first, has_first, coeff, j, mask, CACHE_DT: tl.constexpr, MATH: tl.constexpr, SOFT_BF16: tl.constexpr
+    cache,
+    g,
+    first,
+    has_first,
+    coeff,
+    j,
+    mask,
+    LANE: tl.constexpr,
+    CACHE_DT: tl.constexpr,
+    MATH: tl.constexpr,
+    SOFT_BF16: tl.constexpr,
 ):
     """``cache = g - k first`` on one block. Returns sums of squares of what was stored."""
     if mask is None:
@@ -283,7 +293,7 @@ def decompose_block(
         inside = only_if(has_first, mask)
     stored = round_to(read(g + j, mask).to(MATH) - coeff * read(first + j, inside).to(MATH), CACHE_DT, SOFT_BF16)
     tl.store(cache + j, stored, mask=mask)
-    return lane_sums(stored.to(MATH), stored.to(MATH))
+    return lane_sums(stored.to(MATH), stored.to(MATH), LANE)
 
 
 @triton.jit
@@ -306,12 +316,13 @@ def decompose_range(
     has_first, coeff = first != 0, coeff.to(MATH)
     g, first = elements(g, lo, G_DT, ALIGNED), elements(first, lo, FIRST_DT, ALIGNED)
     cache = elements(cache, lo, CACHE_DT, ALIGNED)
-    cc = tl.zeros((BLOCK // 4,), tl.float64)
+    LANE: tl.constexpr = 128 // G_DT.primitive_bitwidth
+    cc = tl.zeros((BLOCK // LANE,), tl.float64)
     o = tl.arange(0, BLOCK)
     for i in range(n // BLOCK):
-        cc += decompose_block(cache, g, first, has_first, coeff, i * BLOCK + o, None, CACHE_DT, MATH, SOFT_BF16)
+        cc += decompose_block(cache, g, first, has_first, coeff, i * BLOCK + o, None, LANE, CACHE_DT, MATH, SOFT_BF16)
     j = n // BLOCK * BLOCK + o
-    cc += decompose_block(cache, g, first, has_first, coeff, j, j < n, CACHE_DT, MATH, SOFT_BF16)
+    cc += decompose_block(cache, g, first, has_first, coeff, j, j < n, LANE, CACHE_DT, MATH, SOFT_BF16)
     return tl.sum(cc, 0)
 
 
