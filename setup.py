@@ -64,6 +64,13 @@ def first_line(*command: str) -> str:
         return "unknown"
 
 
+def link_triton_kernels() -> None:
+    """Puts triton_kernels/ where an installation has it, so that a checkout on PYTHONPATH finds samkern.triton_kernels."""
+    link = ROOT / "samkern" / "triton_kernels"
+    if not link.exists():
+        link.symlink_to("../triton_kernels", target_is_directory=True)
+
+
 def extension_arguments() -> dict:
     torch = require_torch()
     compiler = require_compiler()
@@ -74,6 +81,8 @@ def extension_arguments() -> dict:
 
         def run(self):
             super().run()
+            if self.inplace:
+                link_triton_kernels()
             folder = ROOT if self.inplace else Path(self.build_lib)
             facts = {
                 "torch": torch.__version__,

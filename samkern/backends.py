@@ -66,7 +66,9 @@ def _load_extension() -> tuple[ModuleType | None, str]:
 
 native, _why_native = _load_extension()
 
-_NO_CUDA_KERNELS = "this version has no CUDA kernels yet; tensors on a GPU run on Triton, or else on the reference backend"
+_NO_CUDA_KERNELS = (
+    "this version has no CUDA kernels yet; tensors on a GPU run on Triton, or else on the reference backend"
+)
 
 
 def in_interpreter() -> bool:
@@ -153,7 +155,9 @@ def resolve(device: torch.device, requested: str | None = None) -> str:
         return next(candidate for candidate in ("cuda", "triton", "cpu", "reference") if _is_fast(candidate, device))
     serves = _serves(name)
     if serves and device.type != serves:
-        raise ValueError(f"backend {name!r} serves {serves.upper()} tensors, got tensors on {device}; use backend='auto'")
+        raise ValueError(
+            f"backend {name!r} serves {serves.upper()} tensors, got tensors on {device}; use backend='auto'"
+        )
     return name
 
 

@@ -6,7 +6,8 @@ A step without its passes over data is two calls::
     plan.update(base, ..., report)        # norms, restore, mix, keep the cache, clip, base update
 
 ``samkern._C.Plan`` runs each as one native call on the CPU, ``TritonPlan`` as one launch on a GPU; ``ReferencePlan`` spells
-them out with ``samkern.reference``. All read ``p.grad`` anew every time. A plan is cheap to throw away: what has to outlive it is in ``Kept``.
+them out with ``samkern.reference``. All read ``p.grad`` anew every time. A plan is cheap to throw away: what has to outlive
+it is in ``Kept``.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def compile_variant(kernel, limit, constants, architecture):
         "approximate": len(re.findall(r"\.approx", ptx)),
         "fused": len(re.findall(r"\bfma\.", ptx)),
         "releases": len(re.findall(r"atom\.\S*release", ptx)),
-        "acquires": len(re.findall(r"atom\.\S*acquire", ptx)),
+        "acquires": len(re.findall(r"(?:atom|ld)\.\S*acquire", ptx)),
         "registers": registers,
         "limit": limit,
         "stack": stack,

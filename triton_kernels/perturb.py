@@ -416,8 +416,8 @@ def perturb_kernel(
     """Foret et al. 2021 (arXiv 2010.01412), eq. 2: ``saved = w; w += rho g / norm(g)``, and its relatives by mode.
 
     Operands of a tensor: W (written), FIRST (the gradient), SAVED (written; 0: not perturbed). Bits of ``NEEDS`` and
-    ``DIRECTIONS``: what occurs in the list. ``HALVES``: some W are of a half type. A norm that is not finite leaves ``w`` as it is.
-    Writes all of ``report``. More than one phase in a launch: cooperative.
+    ``DIRECTIONS``: what occurs in the list. ``HALVES``: some W are of a half type. A norm that is not finite leaves ``w``
+    as it is. Writes all of ``report``. More than one phase in a launch: cooperative.
     """
     begin, end = share(n_chunks)
     if PHASES & REDUCE:

@@ -97,6 +97,8 @@ class TritonPlan(ReferencePlan):
             the CPU without it.
     """
 
+    _filter_squares: Tensor
+
     def __init__(
         self, params: list[Tensor], group: list[int], cache_norm: Tensor, fresh: Tensor, skips: Tensor
     ) -> None:
@@ -264,12 +266,14 @@ class TritonPlan(ReferencePlan):
         self._rows = self._on_device([*self._addresses, *sizes], torch.int64)
 
     def _make_workspace(self) -> None:
-        n, options = len(self._params), {"dtype": torch.float64, "device": self._device}
-        self._partials = torch.zeros(common.N_PARTIALS, self._n_chunks, **options)
-        self._run_partials = torch.zeros(2, self._n_runs, **options)
-        self._filter_squares = torch.zeros(0, **options)
-        self._sums = torch.zeros(common.N_SUMS, n, **options)
-        self._sem = torch.zeros(1, dtype=torch.int32, device=self._device)
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=self._device)
+
+        self._partials: Tensor = zeros(common.N_PARTIALS, self._n_chunks)
+        self._run_partials: Tensor = zeros(2, self._n_runs)
+        self._filter_squares = zeros(0)  # room is made when a climb asks for it
+        self._sums: Tensor = zeros(common.N_SUMS, len(self._params))
+        self._sem: Tensor = torch.zeros(1, dtype=torch.int32, device=self._device)
 
     def _slices_of(self, key: str, combinations: list[Any]) -> list[Slice]:
         """The list, cut by combination of dtypes. ``key``: who asks, usually for the same as the last time."""
@@ -328,7 +332,7 @@ class TritonPlan(ReferencePlan):
         sizes = [-(-self._params[i].nbytes // align) * align for i in new]
         if new:
             arena = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
-            self._slots.update(zip(new, arena.split(sizes), strict=True))
+            self._slots.update(zip(new, torch.split(arena, sizes), strict=True))
         return {i: self._slots[i] for i in chosen}
 
     def _upload(self, name: str, values: list[float]) -> Tensor:
