@@ -44,7 +44,7 @@ POINTERS = {
 def perturb(climb, w):
     half = w.itemsize == 2
     together = common.REDUCE | common.FOLD | common.APPLY | (common.CLOSE if half else 0)
-    registers = registers_for([w], filters=climb == Climb.FILTER)
+    registers = registers_for([w], crowded=climb == Climb.FILTER)
     return (
         perturb_kernel,
         registers,
@@ -64,7 +64,7 @@ def update(base, mix, w, cache=FP32, clips=False):
         common.REDUCE | common.FOLD | common.APPLY | common.SETTLE | (common.CLOSE if mix == Mix.DECOMPOSE else 0)
     )
     cache = FP64 if w == FP64 else cache
-    registers = registers_for([w] if mix == Mix.GRADIENT else [w, cache])
+    registers = registers_for([w], crowded=mix != Mix.GRADIENT or base != Base.SGD)
     return (
         update_kernel,
         registers,

@@ -58,14 +58,18 @@ def width_of(dtype: torch.dtype) -> Any:
     return {2: tl.int16, 4: tl.int32, 8: tl.int64}[dtype.itemsize]
 
 
-def registers_for(dtypes: Iterable[torch.dtype], filters: bool = False) -> int:
-    """Registers a thread may use: the fewest that spill nothing.
+def registers_for(dtypes: Iterable[torch.dtype], crowded: bool = False) -> int:
+    """Registers a thread may use, so that nothing spills on sm_80 and sm_90.
 
     A cooperative launch must know how many programs are resident, and this says it: 4, 3 or 2 on a multiprocessor.
+    ``crowded``: scales by filter, a mix, or a base update other than SGD's. Those have more operands, and keep as many bytes
+    under way with fewer threads.
     """
+    if crowded:
+        return 128
     if torch.float64 in dtypes:
         return 96
-    return 64 if set(dtypes) == {torch.float32} and not filters else 80
+    return 64 if set(dtypes) == {torch.float32} else 80
 
 
 def climb_constants(climbs: Sequence[ClimbGroup]) -> dict[str, Any]:
@@ -137,7 +141,7 @@ class TritonPlan(ReferencePlan):
                 (self._filter_squares, self._sums, report, self._sem),
                 (len(self._params), part.chunks.shape[1], self._n_chunks, part.runs.shape[1], self._n_runs),
                 max(part.chunks.shape[1], part.runs.shape[1]),
-                registers_for(part.dtypes, filters),
+                registers_for(part.dtypes, crowded=filters),
                 PHASES=phases,
                 G_DT=TYPES[g],
                 SOFT_BF16=INTERPRETED,
@@ -200,7 +204,7 @@ class TritonPlan(ReferencePlan):
                 (self._cache_norm, self._fresh, self._skips, report, self._sem),
                 (len(self._params), n_groups, part.chunks.shape[1], self._n_chunks),
                 part.chunks.shape[1],
-                registers_for(part.dtypes),
+                registers_for(part.dtypes, crowded=mix.mix != Mix.GRADIENT or base != Base.SGD),
                 PHASES=phases,
                 G_DT=TYPES[g],
                 OTHER_DT=TYPES[other],
