@@ -5,6 +5,8 @@
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
+# Where torch came without one. Not in constraints.txt: CUDA builds of torch bring the one that they need.
+TRITON ?= 3.9.0
 VENV ?= .venv
 
 ifeq ($(strip $(VENV)),)
@@ -27,6 +29,8 @@ $(VENV)/installed-%: pyproject.toml constraints.txt setup.py $(wildcard csrc/*) 
 	$(VENV)/bin/python -m pip install --quiet torch==$* -c constraints.txt
 	$(VENV)/bin/python -m pip install --quiet setuptools wheel ninja -c constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --no-build-isolation -e '.[dev]' torch==$* -c constraints.txt
+	$(VENV)/bin/python -c 'import triton' 2>/dev/null || test "$$(uname)" != Linux || \
+		$(VENV)/bin/python -m pip install --quiet triton==$(TRITON)
 	rm -f $(VENV)/installed-* && touch $@
 
 build-in-place:
@@ -48,5 +52,5 @@ bench: $(BUILT)
 	$(RUN) -m pytest bench -q $(OPTIONS)
 
 clean:
-	rm -rf build dist *.egg-info .venv .coverage .hypothesis .mypy_cache .ruff_cache demo-results samkern/*.so samkern/_build.json
+	rm -rf build dist *.egg-info .venv .coverage .hypothesis .mypy_cache .ruff_cache demo-results samkern/*.so samkern/_build.json samkern/triton_kernels
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

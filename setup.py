@@ -1,6 +1,9 @@
 """Builds samkern._C against the torch that is installed: `pip install --no-build-isolation -e .`
 
-Environment: SAMKERN_BUILD=0 installs without the extension (plain PyTorch passes, any device); CXX names the compiler.
+Where torch was built for CUDA and nvcc is there, samkern._cuda is built too.
+
+Environment: SAMKERN_BUILD=0 installs without extensions (plain PyTorch passes, any device); SAMKERN_CUDA=0 without the
+GPU's, SAMKERN_CUDA=1 insists on it; TORCH_CUDA_ARCH_LIST names the architectures; CXX names the compiler.
 """
 
 import json
@@ -35,6 +38,10 @@ if sys.platform == "linux":
     FLAGS.append("-fopenmp")
 
 
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-lineinfo", "--threads", "4"]
+ARCHITECTURES = ("8.0", "9.0", "10.0")
+
+
 def require_torch():
     try:
         import torch
@@ -65,22 +72,63 @@ def first_line(*command: str) -> str:
         return "unknown"
 
 
+def link_triton_kernels() -> None:
+    """Puts triton_kernels/ where an installation has it, so that a checkout on PYTHONPATH finds samkern.triton_kernels."""
+    link = ROOT / "samkern" / "triton_kernels"
+    if not link.exists():
+        link.symlink_to("../triton_kernels", target_is_directory=True)
+
+
+def builds_cuda(torch) -> bool:
+    """Whether to build samkern._cuda. Does not ask for a GPU: machines that build often have none."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    setting = os.environ.get("SAMKERN_CUDA", "auto")
+    missing = []
+    if torch.version.cuda is None:
+        missing.append("a torch built for CUDA (this one is for the CPU)")
+    if CUDA_HOME is None:
+        missing.append("the CUDA toolkit with nvcc (set CUDA_HOME)")
+    if setting == "1" and missing:
+        sys.exit(f"SAMKERN_CUDA=1 needs {' and '.join(missing)}")
+    return setting != "0" and not missing
+
+
+def cuda_extension():
+    from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
+
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        nvcc = str(Path(CUDA_HOME) / "bin" / "nvcc")
+        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+        names = [name for name in ARCHITECTURES if f"compute_{name.replace('.', '')}" in known.split()]
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names) + "+PTX"
+    sources = ["csrc/cuda_ops.cpp", "csrc/cuda/perturb.cu", "csrc/cuda/update.cu"]
+    headers = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh")))
+    flags = {"cxx": FLAGS, "nvcc": NVCC_FLAGS}
+    return CUDAExtension("samkern._cuda", sources, extra_compile_args=flags, depends=headers)
+
+
 def extension_arguments() -> dict:
     torch = require_torch()
     compiler = require_compiler()
     from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    with_cuda = builds_cuda(torch)
 
     class Build(BuildExtension):
         """Leaves the facts of the build beside the library, for `python -m samkern info` and for load errors."""
 
         def run(self):
             super().run()
+            if self.inplace:
+                link_triton_kernels()
             folder = ROOT if self.inplace else Path(self.build_lib)
             facts = {
                 "torch": torch.__version__,
                 "python": f"{sys.version_info.major}.{sys.version_info.minor}",
                 "compiler": first_line(compiler, "--version"),
                 "flags": " ".join(FLAGS),
+                "cuda": f"{torch.version.cuda}, {os.environ['TORCH_CUDA_ARCH_LIST']}" if with_cuda else "not built",
                 "commit": first_line("git", "rev-parse", "--short", "HEAD"),
             }
             (folder / "samkern" / "_build.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -88,7 +136,8 @@ def extension_arguments() -> dict:
     sources = [f"csrc/{source}" for source in SOURCES]
     headers = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h"))
     extension = CppExtension("samkern._C", sources, extra_compile_args=FLAGS, depends=headers)
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+    extensions = [extension, cuda_extension()] if with_cuda else [extension]
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
 
 
 setup(**(extension_arguments() if os.environ.get("SAMKERN_BUILD", "1") != "0" else {}))

@@ -1,7 +1,7 @@
 """Which implementation of the passes runs where, and why.
 
-``reference`` is plain PyTorch and runs anywhere; ``cpu`` is the compiled extension. ``auto`` takes the fastest that can
-serve the device. The choice can be overridden for a block of code, for the process, or for one optimizer::
+``reference`` is plain PyTorch and runs anywhere; ``cpu`` and ``cuda`` are the compiled extensions; ``triton`` serves GPUs. ``auto`` takes
+the fastest that can serve the device. The choice can be overridden for a block of code, for the process, or for one optimizer::
 
     with samkern.use_backend("reference"):
         opt.step(closure)
@@ -14,7 +14,8 @@ serve the device. The choice can be overridden for a block of code, for the proc
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -65,14 +66,49 @@ def _load_extension() -> tuple[ModuleType | None, str]:
 
 native, _why_native = _load_extension()
 
-_NO_GPU_KERNELS = "this version has no GPU kernels yet; tensors on a GPU run on the reference backend"
+def _load_cuda() -> tuple[bool, str]:
+    """Loads samkern._cuda, which hands its kernels to samkern._C."""
+    if native is None:
+        return False, "samkern._cuda needs samkern._C, which is not there"
+    try:
+        importlib.import_module("samkern._cuda")
+    except ModuleNotFoundError as error:
+        if error.name != "samkern._cuda":
+            raise
+        return False, f"samkern._cuda is not built (that takes a CUDA build of torch, and nvcc); {REBUILD}"
+    except ImportError as error:
+        return False, f"samkern._cuda does not load ({error}); {REBUILD}"
+    if torch.cuda.device_count() == 0:  # unlike is_available(), leaves the driver alone: the process may still fork
+        return False, "samkern._cuda is built, but torch finds no GPU"
+    return True, "samkern._cuda is built"
+
+
+def in_interpreter() -> bool:
+    """Whether Triton interprets its kernels, on CPU tensors: for tests without a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _find_triton() -> tuple[bool, str]:
+    """Looks without importing: Triton reads TRITON_INTERPRET when it is imported, and takes its time."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "Triton is not installed (CUDA builds of torch bring it; else: pip install triton)"
+    if importlib.util.find_spec("samkern.triton_kernels") is None:
+        return False, f"samkern.triton_kernels is not in this checkout; {REBUILD}"
+    version = f"Triton {importlib.metadata.version('triton')}"
+    if in_interpreter():
+        return True, f"{version} interpreted (TRITON_INTERPRET=1): CPU tensors only, slowly, for tests"
+    if torch.cuda.device_count() == 0:
+        return False, f"{version} found no GPU (to test its kernels on the CPU: TRITON_INTERPRET=1)"
+    return True, f"{version}, tensors on a GPU"
+
+
 _BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("reference", True, "plain PyTorch, any device"),
         Backend("cpu", native is not None, _why_native),
-        Backend("cuda", False, _NO_GPU_KERNELS),
-        Backend("triton", False, _NO_GPU_KERNELS),
+        Backend("cuda", *_load_cuda()),
+        Backend("triton", *_find_triton()),
     )
 }
 
@@ -128,10 +164,26 @@ def resolve(device: torch.device, requested: str | None = None) -> str:
     """
     name = check(_override or requested or os.environ.get("SAMKERN_BACKEND") or "auto")
     if name == "auto":
-        return "cpu" if device.type == "cpu" and native is not None else "reference"
-    if name == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend 'cpu' serves CPU tensors, got tensors on {device}; use backend='auto'")
+        return next(candidate for candidate in ("cuda", "triton", "cpu", "reference") if _is_fast(candidate, device))
+    serves = _serves(name)
+    if serves and device.type != serves:
+        raise ValueError(
+            f"backend {name!r} serves {serves.upper()} tensors, got tensors on {device}; use backend='auto'"
+        )
     return name
+
+
+def _serves(name: str) -> str:
+    """The type of device that a backend serves; empty: all."""
+    if name == "triton":
+        return "cpu" if in_interpreter() else "cuda"
+    return {"cpu": "cpu", "cuda": "cuda"}.get(name, "")
+
+
+def _is_fast(name: str, device: torch.device) -> bool:
+    """Whether ``auto`` takes it for ``device``. Triton's interpreter is slower than anything."""
+    interpreted = name == "triton" and in_interpreter()
+    return _BACKENDS[name].available and _serves(name) in ("", device.type) and not interpreted
 
 
 def info() -> str:

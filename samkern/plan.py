@@ -5,8 +5,9 @@ A step without its passes over data is two calls::
     plan.perturb(climbs, keep, report)    # norms, saved = w, w += eps; the gradients leave p.grad
     plan.update(base, ..., report)        # norms, restore, mix, keep the cache, clip, base update
 
-``samkern._C.Plan`` runs each as one native call on the CPU; ``ReferencePlan`` spells them out with ``samkern.reference``.
-Both read ``p.grad`` anew every time. A plan is cheap to throw away: what has to outlive it is in ``Kept``.
+``samkern._C.Plan`` runs each as one native call on the CPU and as one launch on a GPU, ``TritonPlan`` as one launch on a GPU;
+``ReferencePlan`` spells them out with ``samkern.reference``. All read ``p.grad`` anew every time. A plan is cheap to throw away: what has to outlive
+it is in ``Kept``.
 """
 
 from __future__ import annotations
@@ -108,11 +109,18 @@ class TensorPlan(Protocol):
 
 def make_plan(backend: str, params: list[Tensor], group: list[int], kept: Kept) -> TensorPlan:
     """A plan over ``params`` (of param group ``group[i]`` each) on ``backend``, which is one that serves them."""
-    implementation: Callable[..., TensorPlan] = ReferencePlan
-    if native is not None and backend in ("cpu", "cuda"):
-        implementation = functools.partial(native.Plan, on_device=backend == "cuda")
-    plan = implementation(params, group, kept.cache_norm, kept.fresh, kept.skips)
+    plan: TensorPlan = _implementation(backend)(params, group, kept.cache_norm, kept.fresh, kept.skips)
     for i, p in enumerate(params):
         if p in kept.cache:
             plan.bind_cache(i, kept.cache[p])
     return plan
+
+
+def _implementation(backend: str) -> Callable[..., TensorPlan]:
+    if native is not None and backend in ("cpu", "cuda"):
+        return functools.partial(native.Plan, on_device=backend == "cuda")
+    if backend == "triton":
+        from .triton_kernels import TritonPlan  # imports Triton
+
+        return TritonPlan
+    return ReferencePlan

@@ -1,1 +1,11 @@
-"""Triton implementations of the passes, installed as ``samkern.triton_kernels``. None yet: GPU tensors take the reference."""
+"""The passes in Triton, installed as ``samkern.triton_kernels``: for GPUs where the CUDA extension is not built.
+
+``plan`` holds the tables and launches; ``reduce``, ``perturb`` and ``update`` are the kernels, a family each, over what
+``common`` gives all of them. With ``TRITON_INTERPRET=1`` in the environment before Triton is imported, the same kernels run
+on CPU tensors in Triton's interpreter, to be tested without a GPU. Importing this package imports Triton; samkern does so
+when a plan on this backend is made.
+"""
+
+from .plan import TritonPlan
+
+__all__ = ["TritonPlan"]

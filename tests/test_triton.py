@@ -1,0 +1,167 @@
+"""The triton backend on a machine without a GPU: interpreted on CPU tensors, and compiled for GPUs that are not there.
+
+Both run in processes of their own: Triton decides when it is imported whether it interprets. What needs a GPU is at the end.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from samkern.backends import backends
+
+from .lists import CHUNK, FP32, FP64, same_bits
+from .methods import BASES, METHODS, method_named
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+on_a_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or not backends()["triton"].available, reason="Triton found no GPU"
+)
+
+
+def python(*arguments, **environment):
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**env, **environment}, check=False)
+
+
+def test_interpreted():
+    """All of ``triton_interpreted.py``: whole optimizers against the reference, bit by bit."""
+    result = python("pytest", "-q", "-x", "--no-cov", "tests/triton_interpreted.py", TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    assert "skipped" not in result.stdout.splitlines()[-1]
+
+
+# What most training runs; SAMKERN_ALL_KERNELS=1 compiles every variant (5 minutes on 2 cores).
+USUAL = [
+    "perturb-EUCLIDEAN-float32",
+    "perturb-EUCLIDEAN-bfloat16",
+    "perturb-ELEMENT-float32",
+    "perturb-FILTER-float32",
+    "perturb-TRUST-float16",
+    "update-SGD-GRADIENT-float32",
+    "update-SGD-GRADIENT-bfloat16",
+    "update-ADAMW-GRADIENT-float32",
+    "update-ADAMW-DECOMPOSE-float32",
+    "update-SGD-REUSE-float32",
+    "update-ADAMW-DECOMPOSE-bfloat16",
+    "update-ADAM-DECOMPOSE-float64",
+    "restore-float32",
+]
+
+
+# Four programs of them fit on a multiprocessor.
+LEAN = ("perturb-EUCLIDEAN-float32", "perturb-ELEMENT-float32", "update-SGD-GRADIENT-float32", "restore-float32")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    names = [] if os.environ.get("SAMKERN_ALL_KERNELS") == "1" else USUAL
+    result = python("tests.triton_variants", *names)
+    assert result.returncode == 0, result.stderr[-5000:]
+    facts = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {fact["architecture"] for fact in facts} == {80, 90}
+    assert {fact["name"] for fact in facts} >= set(USUAL)
+    return facts
+
+
+def test_nothing_spills(compiled):
+    """By the cubin's own account. As many registers as the launch counts on, or its programs are not all resident."""
+    assert [fact for fact in compiled if fact["stack"] > 0] == []
+    assert [fact for fact in compiled if fact["registers"] > fact["limit"]] == []
+    lean = [fact for fact in compiled if fact["name"] in LEAN]
+    assert len(lean) == 2 * len(LEAN)
+    assert all(fact["limit"] == 64 for fact in lean)
+
+
+def test_arithmetic_is_ieee(compiled):
+    """No approximate division or root, and no product fused with a sum."""
+    assert [fact for fact in compiled if fact["approximate"] or fact["fused"]] == []
+
+
+def test_accesses_are_wide(compiled):
+    """16 bytes at a time: at least once per operand that the apply phase reads and writes."""
+    for fact in compiled:
+        operands = {"perturb": (2, 2), "update": (2, 1), "restore": (1, 1)}[fact["name"].split("-")[0]]
+        if fact["name"].startswith("update-ADAMW") and fact["name"].endswith("float32"):
+            operands = (5, 3)
+        assert (fact["wide_loads"], fact["wide_stores"]) >= operands, fact
+        assert fact["wide_stores"] >= operands[1], fact
+
+
+def test_barriers_release_and_acquire(compiled):
+    for fact in compiled:
+        barriers = 0 if fact["name"].startswith("restore") else 2
+        assert fact["releases"] >= barriers, fact
+        assert fact["acquires"] >= barriers, fact
+
+
+def test_importing_samkern_does_not_import_triton():
+    code = "import sys, samkern; samkern.info(); assert 'triton' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_without_a_gpu_it_says_so():
+    if backends()["triton"].available:
+        pytest.skip("there is a GPU")
+    assert "TRITON_INTERPRET=1" in backends()["triton"].why
+
+
+def train_on_gpu(method, base, backend, dtype=FP32, n_steps=7):
+    torch.manual_seed(0)
+    shapes = [(0,), (), (5,), (64, 3, 3, 3), (CHUNK + 5,), (1000, 513), *[(64,)] * 40]
+    params = [nn.Parameter(torch.randn(shape, device="cuda").to(dtype)) for shape in shapes]
+    opt = method.make(params, base, backend=backend)
+    for t in range(n_steps):
+        generator = torch.Generator("cuda").manual_seed(t)
+
+        def closure(generator=generator):
+            for p in params:
+                p.grad = torch.randn(p.shape, device="cuda", generator=generator).to(dtype)
+            return torch.tensor(0.0)
+
+        opt.step(closure)
+    return [p.detach() for p in params]
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16, torch.float16, FP64], ids=str)
+@pytest.mark.parametrize("base", BASES, ids=lambda base: base.name)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_on_a_gpu(method, base, dtype):
+    """Against the reference, which differs in the order of additions only."""
+    w, expected = (train_on_gpu(method, base, backend, dtype) for backend in ("triton", "reference"))
+    rtol = 1e-11 if dtype == FP64 else 1e-6 if dtype == FP32 else 2e-2
+    for a, b in zip(w, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("name", ["SAM", "ASAM_filter", "LookSAM_tensor"])
+def test_one_launch_or_several(name, monkeypatch):
+    """The same bits, again and again."""
+    results = [train_on_gpu(method_named(name), BASES[4], "triton") for _ in range(3)]
+    monkeypatch.setenv("SAMKERN_ONE_LAUNCH", "0")
+    results.append(train_on_gpu(method_named(name), BASES[4], "triton"))
+    assert all(same_bits(results[0], other) for other in results[1:])
+
+
+@on_a_gpu
+def test_no_synchronization():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_on_gpu(method_named("SAM"), BASES[1], "triton", n_steps=2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,154 @@
+"""Compiles Triton kernels for GPUs that are not there, and tells what the compiler made of them.
+
+Run by ``test_triton.py`` in a process without TRITON_INTERPRET: ``python -m tests.triton_variants [NAME ...]`` prints a
+line of JSON for each kernel variant and architecture.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from samkern.options import Base, Climb, ClimbGroup, Mix
+from samkern.triton_kernels import common
+from samkern.triton_kernels.perturb import perturb_kernel
+from samkern.triton_kernels.plan import (
+    COMPILER_OPTIONS,
+    TYPES,
+    climb_constants,
+    element_constants,
+    registers_for,
+    width_of,
+)
+from samkern.triton_kernels.update import restore_kernel, update_kernel
+
+ARCHITECTURES = (80, 90)
+FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+POINTERS = {
+    **dict.fromkeys(("rows", "skips"), "*i64"),
+    **dict.fromkeys(("places", "chunks", "runs", "sem"), "*i32"),
+    **dict.fromkeys(("options", "partials", "run_partials", "filter_squares", "sums", "report", "cache_norm"), "*fp64"),
+    "fresh": "*u8",
+}
+
+
+def perturb(climb, w):
+    half = w.itemsize == 2
+    together = common.REDUCE | common.FOLD | common.APPLY | (common.CLOSE if half else 0)
+    registers = registers_for([w], crowded=climb == Climb.FILTER)
+    return (
+        perturb_kernel,
+        registers,
+        {
+            **element_constants(w),
+            **climb_constants([ClimbGroup(climb, 0.1)]),
+            "PHASES": int(together),
+            "HALVES": half,
+            "G_DT": TYPES[w],
+            "SOFT_BF16": False,
+        },
+    )
+
+
+def update(base, mix, w, cache=FP32, clips=False):
+    together = (
+        common.REDUCE | common.FOLD | common.APPLY | common.SETTLE | (common.CLOSE if mix == Mix.DECOMPOSE else 0)
+    )
+    cache = FP64 if w == FP64 else cache
+    registers = registers_for([w], crowded=mix != Mix.GRADIENT or base != Base.SGD)
+    return (
+        update_kernel,
+        registers,
+        {
+            **element_constants(w),
+            "PHASES": int(together),
+            "BASE": int(base),
+            "MIX": int(mix),
+            "SCOPE": 0,
+            "LOOKED": mix != Mix.REUSE,
+            "CHECK": True,
+            "CLIPS": clips,
+            "HANDS_OVER": base == Base.NONE and (clips or mix == Mix.REUSE),
+            "G_DT": TYPES[w],
+            "OTHER_DT": TYPES[w if mix == Mix.DECOMPOSE else cache],
+            "CACHE_DT": TYPES[cache],
+            "BITS": width_of(w),
+            "SOFT_BF16": False,
+        },
+    )
+
+
+def restore(w):
+    return restore_kernel, registers_for([w]), {"BITS": width_of(w), "BLOCK": element_constants(w)["BLOCK"]}
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+VARIANTS = {
+    **{f"perturb-{c.name}-{name_of(w)}": perturb(c, w) for c in Climb for w in (FP32, BF16, FP16, FP64)},
+    **{
+        f"update-{base.name}-{mix.name}-{name_of(w)}": update(base, mix, w)
+        for base in Base
+        for mix in Mix
+        for w in (FP32, BF16, FP16, FP64)
+    },
+    "update-SGD-REUSE-float32-clipped-bf16-cache": update(Base.SGD, Mix.REUSE, FP32, BF16, clips=True),
+    "update-ADAM-DECOMPOSE-float32-bf16-cache": update(Base.ADAM, Mix.DECOMPOSE, FP32, BF16),
+    **{f"restore-{name_of(w)}": restore(w) for w in (FP32, BF16, FP64)},
+}
+
+
+def resources(cubin):
+    """Registers and bytes of stack of a thread, by the cubin's own account."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text).groups()
+    return int(registers), int(stack) + int(local)
+
+
+def compile_variant(kernel, limit, constants, architecture):
+    """What PTX and cubin say. Tables are aligned as an allocation is, and counts are not specialised, as in a launch."""
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else POINTERS.get(name, "i32")
+        if name in POINTERS:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", architecture, 32), options={**COMPILER_OPTIONS, "maxnreg": limit}
+    )
+    ptx = compiled.asm["ptx"]
+    registers, stack = resources(compiled.asm["cubin"])
+    wide = r"{}\.global\S*\.(?:v4\.[bfus]32|v2\.[bfus]64)"
+    return {
+        "wide_loads": len(re.findall(wide.format("ld"), ptx)),
+        "wide_stores": len(re.findall(wide.format("st"), ptx)),
+        "approximate": len(re.findall(r"\.approx", ptx)),
+        "fused": len(re.findall(r"\bfma\.", ptx)),
+        "releases": len(re.findall(r"atom\.\S*release", ptx)),
+        "acquires": len(re.findall(r"(?:atom|ld)\.\S*acquire", ptx)),
+        "registers": registers,
+        "limit": limit,
+        "stack": stack,
+    }
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or VARIANTS:
+        for architecture in ARCHITECTURES:
+            facts = compile_variant(*VARIANTS[name], architecture)
+            print(json.dumps({"name": name, "architecture": architecture, **facts}), flush=True)

@@ -1,0 +1,212 @@
+"""What every kernel needs: the tables it reads, how it walks chunks, loads, rounds, and waits for the other programs.
+
+A kernel runs the phases that its ``PHASES`` names, in one cooperative launch with a grid barrier between them or in a
+launch each, with the same bits: a chunk's sums have their own place, and are added in an order that depends on nothing
+but the list.
+
+Tables (``n`` tensors; a row of ``rows`` and ``sums`` is ``n`` entries, one of ``places`` is ``n + 1``):
+
+``rows``     int64    addresses by role, 0: this tensor plays no such role in this call; then sizes and filters
+``places``   int32    param group, kind of number, first chunk and first run of filters, of each tensor
+``chunks``   int32    tensor, then index within it, of each chunk of this launch
+``runs``     int32    tensor, then first filter, then number of filters, of each run of this launch
+``options``  float64  a row per param group, then one for the step
+``partials`` float64  a row per sum, one entry per chunk of the whole list
+``sums``     float64  the same per tensor, and what is computed from them once
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+
+def _nothing() -> None:
+    """A function to look at what Triton makes of it."""
+
+
+INTERPRETED = isinstance(triton.jit(_nothing), InterpretedFunction)
+
+
+def constant(value: Any) -> Any:
+    """A global that kernels read: the compiler takes ``constexpr`` only, which the interpreter does not mix with numbers."""
+    return value if INTERPRETED else tl.constexpr(value)
+
+
+# Elements of one tensor that are summed together: as csrc/plan.h, fixed, so that a sum never depends on the device.
+CHUNK = constant(65_536)
+
+# Phases, in their order.
+REDUCE = constant(1)  # partial sums of every chunk
+FOLD = constant(2)  # sums per tensor
+APPLY = constant(4)  # what the pass is for
+SETTLE = constant(8)  # what may change only after every program has read the old value
+CLOSE = constant(16)  # what sums over what SETTLE or APPLY left: one program
+ALL_PHASES = (int(REDUCE), int(FOLD), int(APPLY), int(SETTLE), int(CLOSE))
+
+# Rows of `rows`. FIRST is the gradient at w, set aside while GRAD is the one at w + eps.
+W, GRAD, FIRST, SAVED, CACHE, STATE1, STATE2, STEP = (constant(i) for i in range(8))
+NUMEL, FILTER_COUNT, FILTER_STRIDE, FILTER_FIRST = (constant(i) for i in range(8, 12))
+N_ADDRESSES, N_ROWS = 8, 12
+
+# Rows of `places`. The filters of a tensor are summed in runs of neighbours.
+GROUP, KIND, STEP_KIND, FIRST_CHUNK, FIRST_RUN = (constant(i) for i in range(5))
+N_PLACES = 5
+FP32, FP64 = constant(0), constant(1)  # kinds of numbers, by their math dtype
+
+# Rows of `partials` and `sums`, as csrc/plan.h. What a climb realised takes the first three after the norms are folded.
+AA, AB, BB, WW, TT, CC = (constant(i) for i in range(6))
+STEP_SIZE, BIAS2 = constant(6), constant(7)  # of `sums` only
+N_PARTIALS, N_SUMS = 6, 8
+MOVED_SQ, MOVED_EPS, EPS_SQ = AA, AB, BB
+
+# Entries of the report, as samkern/options.py.
+GRAD_NORM, SECOND_NORM, UPDATE_NORM, PERTURB_NORM = (constant(i) for i in range(4))
+REALISED_NORM, REALISED_SHARE, SKIPPED_FIRST, SKIPPED_SECOND = (constant(i) for i in range(4, 8))
+
+LARGEST_FP32 = constant(3.4028234663852886e38)
+LARGEST_FP64 = constant(1.7976931348623157e308)
+
+# A fold sums this many tensors at a time, this many chunks each.
+FOLD_TENSORS, FOLD_CHUNKS, LANES = constant(4), constant(64), constant(256)
+
+
+@triton.jit
+def grid_barrier(sem):
+    """Every global write before it, by any program, is seen by every read after it.
+
+    All programs of the launch must call it, and all must be resident: the launch is cooperative. ``sem`` is an int32 that
+    is only ever used here. Program 0 adds 0x80000000 - (programs - 1) and the others 1: a round flips bit 31, and
+    nothing is ever reset.
+    """
+    tl.debug_barrier()
+    one = tl.full((), 1, tl.uint32)
+    if tl.program_id(0) == 0:
+        add = 0x80000000 - (tl.num_programs(0).to(tl.uint32) - one)
+    else:
+        add = one
+    sem = sem.to(tl.pointer_type(tl.uint32))
+    old = tl.atomic_add(sem, add, sem="release")
+    flipped = False
+    while not flipped:
+        now = tl.atomic_add(sem, 0, sem="acquire")
+        flipped = ((old ^ now) & 0x80000000) != 0
+    tl.debug_barrier()
+
+
+@triton.jit
+def barrier_before(phase: tl.constexpr, PHASES: tl.constexpr, sem):
+    """Waits for the phase before, if this launch runs both."""
+    if (PHASES & phase) != 0 and (PHASES & (phase - 1)) != 0:
+        grid_barrier(sem)
+
+
+@triton.jit
+def share(n_chunks):
+    """The run of chunks that is this program's: the same in every phase, so that APPLY finds in L2 what REDUCE read."""
+    per = tl.cdiv(n_chunks, tl.num_programs(0))
+    begin = tl.minimum(tl.program_id(0) * per, n_chunks)
+    return begin, tl.minimum(begin + per, n_chunks)
+
+
+@triton.jit
+def locate(chunks, rows, places, n_tensors, n_chunks, c):
+    """Tensor, first element, number of elements, and place among the partial sums, of chunk ``c`` of this launch."""
+    t = tl.load(chunks + c)
+    index = tl.load(chunks + n_chunks + c)
+    lo = index.to(tl.int64) * CHUNK
+    n = tl.minimum(tl.load(rows + NUMEL * n_tensors + t) - lo, CHUNK).to(tl.int32)
+    return t, lo, n, tl.load(places + FIRST_CHUNK * (n_tensors + 1) + t) + index
+
+
+@triton.jit
+def group_of(places, n_tensors, t):
+    return tl.load(places + GROUP * (n_tensors + 1) + t)
+
+
+@triton.jit
+def elements(address, lo, DT: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointer to element ``lo`` of a tensor. ``ALIGNED``: it lies on 16 bytes, so that accesses may be that wide.
+
+    To be called by the function that holds the loop: the hint does not survive being passed on (Triton 3.6).
+    """
+    p = (address + lo * (DT.primitive_bitwidth // 8)).to(tl.pointer_type(DT))
+    if ALIGNED:
+        p = tl.multiple_of(p, 16)
+    return p
+
+
+@triton.jit
+def round_to(x, DT: tl.constexpr, SOFT_BF16: tl.constexpr):
+    """``x`` in dtype ``DT``, to nearest even. fp64 goes to the half types through fp32, as in torch."""
+    if DT.primitive_bitwidth == 16:
+        x = x.to(tl.float32)
+    if SOFT_BF16 and tl.bfloat16 == DT:
+        # The interpreter truncates where hardware rounds.
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x != x, bits | 0x00400000, bits + 0x7FFF + ((bits >> 16) & 1))
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(DT)
+
+
+@triton.jit
+def sqrt_rn(x):
+    """Correctly rounded: ``tl.sqrt`` is so in fp64, where ``tl.sqrt_rn`` refuses, and is approximate in fp32."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def div_rn(x, y):
+    """Correctly rounded, see ``sqrt_rn``."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def lane_sums(x, y, LANE: tl.constexpr):
+    """Products of two blocks, exact in fp64 for fp32 factors, ``LANE`` neighbours added.
+
+    With as many as a 16-byte access loads they are in one thread already, and few numbers are carried from block to block.
+    """
+    product = x.to(tl.float64) * y.to(tl.float64)
+    return tl.sum(tl.reshape(product, (product.shape[0] // LANE, LANE)), 1)
+
+
+@triton.jit
+def is_finite(x, wide):
+    """Whether a sum of squares is finite: beyond the largest fp32 counts as overflow, but for fp64 (``wide``)."""
+    return tl.abs(x) <= tl.where(wide, LARGEST_FP64, LARGEST_FP32)
+
+
+@triton.jit
+def only_if(condition, mask):
+    """``mask`` if the scalar ``condition`` holds, else nothing. By ``where``: the interpreter cannot broadcast a comparison."""
+    return tl.where(condition, mask, tl.zeros_like(mask))
+
+
+@triton.jit
+def read(p, mask):
+    """Elements, or zeros where ``mask`` is false. None: all, as one wide access a thread."""
+    if mask is None:
+        return tl.load(p)
+    else:
+        return tl.load(p, mask=mask, other=0.0)
+
+
+@triton.jit
+def read_sum(sums, n_tensors, ROW: tl.constexpr, t):
+    """Row ``ROW`` of ``sums`` for tensor ``t``. ``.cg``: other programs wrote it in this launch, and L1 is not coherent."""
+    return tl.load(sums + ROW * n_tensors + t, cache_modifier=".cg")
+
+
+@triton.jit
+def read_sums(sums, n, ROW: tl.constexpr, t):
+    """The same for a block of tensors, zero beyond the end."""
+    return tl.load(sums + ROW * n + t, mask=t < n, other=0.0, cache_modifier=".cg")
