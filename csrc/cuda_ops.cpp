@@ -1,4 +1,4 @@
-// samkern._cuda: the GPU kernels behind the Plan of samkern._C. Device, stream and errors are dealt with here.
+// samkern._cuda: the GPU kernels, as functions that samkern._C's Plan calls. Device, stream and errors are dealt with here.
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -58,6 +58,6 @@ DeviceFunctions functions{perturb, restore, update, n_blocks, is_capturing};
 }  // namespace samkern
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "GPU kernels of samkern; importing it hands them to samkern._C.";
-  pybind11::module_::import("samkern._C").attr("use_device_functions")(pybind11::capsule(&samkern::functions));
+  m.doc() = "GPU kernels of samkern, for samkern._C.use_device_functions.";
+  m.attr("functions") = pybind11::capsule(&samkern::functions);
 }

@@ -66,12 +66,12 @@ def _load_extension() -> tuple[ModuleType | None, str]:
 
 native, _why_native = _load_extension()
 
-def _load_cuda() -> tuple[bool, str]:
+def load_cuda() -> tuple[bool, str]:
     """Loads samkern._cuda, which hands its kernels to samkern._C."""
     if native is None:
         return False, "samkern._cuda needs samkern._C, which is not there"
     try:
-        importlib.import_module("samkern._cuda")
+        native.use_device_functions(importlib.import_module("samkern._cuda").functions)
     except ModuleNotFoundError as error:
         if error.name != "samkern._cuda":
             raise
@@ -107,7 +107,7 @@ _BACKENDS = {
     for backend in (
         Backend("reference", True, "plain PyTorch, any device"),
         Backend("cpu", native is not None, _why_native),
-        Backend("cuda", *_load_cuda()),
+        Backend("cuda", *load_cuda()),
         Backend("triton", *_find_triton()),
     )
 }

@@ -26,6 +26,19 @@ DeviceFunctions functions{
 }  // namespace
 }  // namespace samkern
 
+namespace samkern {
+namespace {
+
+struct Nothing {};
+
+// Half of the block comes to the barrier.
+void deadlock_kernel(const Nothing) {
+  if (device::thread() < device::kThreads / 2) device::block_sync();
+}
+
+}  // namespace
+}  // namespace samkern
+
 PYBIND11_MODULE(cuda_on_cpu, m) {
   m.def(
       "configure",
@@ -33,5 +46,8 @@ PYBIND11_MODULE(cuda_on_cpu, m) {
         Machine::get().setting = {seed, n_blocks, one_launch, without};
       },
       py::arg("seed") = 0, py::arg("n_blocks") = 3, py::arg("one_launch") = true, py::arg("without") = "");
+  m.def("run_into_a_deadlock", [] {
+    samkern::check(samkern::device::launch(samkern::deadlock_kernel, samkern::Nothing{}, 1, false, {}));
+  });
   m.attr("functions") = py::capsule(&samkern::functions);
 }

@@ -1,0 +1,299 @@
+"""The CUDA kernels on a machine without a GPU: executed by fibers on the CPU, and compiled for GPUs that are not there.
+
+The kernels of ``csrc/cuda`` are compiled by g++ and run through the very same plan, tables and uploads. Chance decides which
+thread runs next, so every run is another interleaving: all must give the same bits. What this cannot show is weak memory
+ordering, limits of the hardware, and speed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import samkern
+from bench import kernels
+from samkern.backends import load_cuda, native
+from samkern.optim import keeper
+
+from .lists import BF16, FP16, FP32, FP64, borders_intact, guarded_list, same_bits
+from .methods import BASES, METHODS, MOMENTUM, SAM, base_named, method_named
+
+ROOT = Path(__file__).parent.parent
+CHUNK = 1 << 14  # of the GPU's kernels
+SHAPES = [(5, 3), (), (0,), (CHUNK + 1,), (1,), (7, 4, 3), (CHUNK // 2, 3), (70,)]
+
+pytestmark = pytest.mark.skipif(native is None, reason="samkern._C is not built")
+needs_nvcc = pytest.mark.skipif(kernels.nvcc() is None, reason="nvcc is not on the PATH")
+
+
+@pytest.fixture(scope="session")
+def device(tmp_path_factory):
+    """The module that runs the kernels on the CPU."""
+    pybind11 = pytest.importorskip("pybind11")
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    compiler = os.environ.get("CXX", "g++")
+    include = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"), ROOT / "tests")]
+    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-DSAMKERN_ON_CPU", *include]
+    sources = [*kernels.SOURCES, ROOT / "tests" / "cuda_on_cpu.cpp"]
+
+    def compile_one(source):
+        target = folder / f"{source.stem}.o"
+        subprocess.run([compiler, "-x", "c++", *flags, "-c", str(source), "-o", str(target)], check=True)
+        return str(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    library = folder / "cuda_on_cpu.so"
+    subprocess.run([compiler, "-shared", *objects, "-o", str(library)], check=True)
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("cuda_on_cpu", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def emulated(device, monkeypatch):
+    """Plans of CPU tensors run on the device's kernels; returns how to set up the device."""
+    native.use_device_functions(device.functions)
+    make_plan = keeper.make_plan
+    monkeypatch.setattr(keeper, "make_plan", lambda backend, *rest: make_plan("cuda", *rest))
+    device.configure()
+    yield device.configure
+    load_cuda()
+
+
+def parameters(shapes=SHAPES, dtype=FP32, offset=0):
+    torch.manual_seed(0)
+    if dtype == "mixed":
+        values = [torch.randn(shape).to((FP32, BF16, FP16, FP64)[i % 4]) for i, shape in enumerate(shapes)]
+    else:
+        values = [torch.randn(shape).to(dtype) for shape in shapes]
+    views, buffers = guarded_list(values, offset)
+    return [nn.Parameter(view) for view in views], buffers
+
+
+def gradients(params, whole=False):
+    """``whole``: small integers, whose squares every order of addition sums up exactly."""
+    g = torch.Generator().manual_seed(1)
+    while True:
+        if whole:
+            yield [torch.randint(-2, 3, p.shape, generator=g).to(p.dtype) for p in params]
+        else:
+            yield [torch.randn(p.shape, generator=g).to(p.dtype) for p in params]
+
+
+def train(opt, params, steps=4, whole=False, missing=()):
+    """Steps on random gradients; parameter i has none in evaluation j for (i, j) in ``missing``."""
+    source, n = gradients(params, whole), [0]
+
+    def closure():
+        for i, (p, grad) in enumerate(zip(params, next(source), strict=True)):
+            p.grad = None if (i, n[0]) in missing else grad
+        n[0] += 1
+
+    for _ in range(steps):
+        opt.step(closure)
+    return [p.detach().clone() for p in params], opt.state_dict()
+
+
+def on_reference(make, **options):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keeper, "make_plan", lambda backend, *rest: samkern.plan.make_plan("reference", *rest))
+        return make(**options)
+
+
+def close(a, b, dtype):
+    tolerance = {FP64: 1e-12, FP32: 2e-6, BF16: 2e-2, FP16: 4e-3, "mixed": 2e-2}[dtype]
+    return all(torch.allclose(x.double(), y.double(), rtol=tolerance, atol=tolerance) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16, FP64, "mixed"], ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_methods_agree_with_the_reference(method, dtype, emulated):
+    def run():
+        params, buffers = parameters(dtype=dtype)
+        opt = method.make(params, MOMENTUM)
+        result = train(opt, params, missing={(0, 1), (5, 0), (5, 1), (7, 2)})
+        assert borders_intact([p.detach() for p in params], buffers)
+        return result
+
+    (weights, state), (expected, expected_state) = run(), on_reference(run)
+    assert close(weights, expected, dtype)
+    norms, expected_norms = state["samkern"]["cache_norm"], expected_state["samkern"]["cache_norm"]
+    assert torch.allclose(norms, expected_norms, rtol=1e-2 if dtype in (BF16, FP16, "mixed") else 1e-5)
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda base: base.name)
+@pytest.mark.parametrize("name", ["SAM", "LookSAM", "LookSAM_tensor"])
+@pytest.mark.parametrize("clip", [None, 0.5], ids=["plain", "clipped"])
+def test_bases_agree_with_the_reference(name, base, clip, emulated):
+    def run():
+        params, _ = parameters(dtype=FP64, shapes=[(5, 3), (0,), (300,), ()])
+        return train(method_named(name).make(params, base, max_grad_norm=clip), params, steps=5)
+
+    (weights, state), (expected, expected_state) = run(), on_reference(run)
+    assert close(weights, expected, FP64)
+    for i, entries in expected_state["state"].items():
+        for key, value in entries.items():
+            assert torch.allclose(state["state"][i][key], value, rtol=1e-12), (i, key)
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_applying_is_bitwise_the_reference(method, dtype, offset, emulated):
+    """Gradients of whole numbers have the same norm in every order of addition, so that all scalars are equal."""
+
+    def run():
+        params, _ = parameters(dtype=dtype, offset=offset)
+        opt = method.make(params, base_named("SGD"))
+        grads = gradients(params, whole=True)
+        for p, grad in zip(params, next(grads), strict=True):
+            p.grad = grad
+        opt.first_step()
+        return [p.detach().clone() for p in params]
+
+    if method.name.startswith(("ASAM", "LookLayerSAM")):  # norms of the weights go in: not whole numbers
+        assert close(run(), on_reference(run), dtype)
+    else:
+        assert same_bits(run(), on_reference(run))
+
+
+def run_once(name="LookSAM", base=MOMENTUM, dtype=FP32):
+    params, _ = parameters(dtype=dtype)
+    weights, state = train(method_named(name).make(params, base), params, steps=4)
+    return [*weights, state["samkern"]["cache_norm"]]
+
+
+def test_every_interleaving_and_grid_gives_the_same_bits(emulated):
+    expected = run_once()
+    for seed, n_blocks, one_launch in [(1, 3, True), (2, 1, True), (3, 5, True), (4, 3, False), (5, 64, False)]:
+        emulated(seed=seed, n_blocks=n_blocks, one_launch=one_launch)
+        assert same_bits(run_once(), expected), (seed, n_blocks, one_launch)
+
+
+@pytest.mark.parametrize("without", ["grid_sync", "block_sync", "shuffle"])
+def test_a_missing_synchronisation_is_caught(without, emulated):
+    """The proof that the other tests can fail."""
+    expected = run_once()
+    caught = 0
+    for seed in range(3):
+        emulated(seed=seed, without=without)
+        try:
+            caught += not same_bits(run_once(), expected)
+        except RuntimeError as error:
+            caught += "wait for ever" in str(error)
+    assert caught == 3
+
+
+def test_nan_skips_the_step_and_is_counted(emulated):
+    for nth in (0, 1):
+        params, _ = parameters(shapes=[(40,), (3, 3)])
+        before = [p.detach().clone() for p in params]
+        opt = method_named("LookSAM").make(params, base_named("AdamW"))
+        calls = []
+
+        def closure(params=params, calls=calls, nth=nth):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            if len(calls) == nth:
+                params[0].grad[7] = torch.nan
+            calls.append(1)
+
+        opt.step(closure)
+        assert same_bits([p.detach() for p in params], before)
+        assert opt.skips == 1
+        assert opt.last_step.reason == ("a gradient at w was not finite", "a gradient at w + eps was not finite")[nth]
+        assert all(float(opt.state[p]["step"]) == 0 for p in params)
+        calls.append(1)
+        opt.step(closure)
+        assert opt.skips == 1
+
+
+def test_an_exception_restores_bitwise(emulated):
+    params, _ = parameters()
+    before = [p.detach().clone() for p in params]
+    opt = SAM.make(params, MOMENTUM)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.first_step()
+    assert not same_bits([p.detach() for p in params], before)
+    opt.restore()
+    assert same_bits([p.detach() for p in params], before)
+
+
+def test_more_groups_than_a_launch_carries(emulated):
+    params = [nn.Parameter(torch.ones(3, dtype=FP64)) for _ in range(100)]
+    opt = samkern.SAM([{"params": [p], "rho": 0.01 * i, "lr": 0.001 * i} for i, p in enumerate(params)], torch.optim.SGD)
+    opt.step(lambda: [setattr(p, "grad", torch.ones(3, dtype=FP64)) for p in params])
+    for i, p in enumerate(params):
+        assert torch.allclose(p.detach(), torch.full((3,), 1 - 0.001 * i, dtype=FP64))
+
+
+def test_a_large_tensor_is_folded_by_a_whole_block(emulated):
+    """More than 32 chunks, in front of a small one."""
+
+    def run():
+        params, _ = parameters(shapes=[(33 * CHUNK + 3,), (5,)])
+        return train(method_named("LookSAM").make(params, base_named("SGD")), params, steps=2)[0]
+
+    assert close(run(), on_reference(run), FP32)
+
+
+def test_a_deadlock_is_reported(device):
+    """A grid that was launched in phases must not wait for itself, and the device says so."""
+    with pytest.raises(RuntimeError, match="threads wait for ever, the first in block 0, thread 0, at block_sync"):
+        device.run_into_a_deadlock()
+
+
+# ---- compiled for GPUs
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", kernels.ARCHITECTURES)
+@pytest.mark.parametrize("source", kernels.SOURCES, ids=lambda path: path.stem)
+def test_kernels_compile_without_spills(source, architecture):
+    """128 registers: two blocks of 256 threads on a processor."""
+    found = kernels.measure(source, architecture)
+    assert len(found) == {"perturb": 4, "update": 17}[source.stem]
+    for kernel in found:
+        assert kernel.spills == 0, kernel
+        assert kernel.registers <= 128, kernel
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", kernels.SOURCES, ids=lambda path: path.stem)
+def test_kernels_use_wide_accesses_and_no_contraction(source, tmp_path):
+    kernels.compile_to("ptx", source, "90", tmp_path / "kernels.ptx")
+    entries = (tmp_path / "kernels.ptx").read_text().split(".entry ")[1:]
+    for text in entries:
+        name = kernels.readable(text.split("(")[0])
+        assert "ld.global.v4.u32" in text, name
+        assert "st.global.v4.u32" in text or "st.global.cs.v4.u32" in text, name
+        assert "fma.rn.f32" not in text, name
+        assert ".approx" not in text, name
+
+
+@needs_nvcc
+def test_the_binding_compiles():
+    """Against torch's headers; a torch for the CPU lacks one of them, which the macro replaces."""
+    from torch.utils.cpp_extension import include_paths
+
+    toolkit = Path(kernels.nvcc()).resolve().parent.parent
+    found = [path for path in (toolkit / "include", *toolkit.glob("targets/*/include")) if (path / "cuda.h").exists()]
+    if not found:
+        pytest.skip("the CUDA toolkit has no headers")
+    flags = ["-std=c++20", "-fsyntax-only", "-DC10_USING_CUSTOM_GENERATED_MACROS", "-DTORCH_EXTENSION_NAME=_cuda"]
+    paths = [*include_paths(), sysconfig.get_path("include"), *map(str, found)]
+    command = [os.environ.get("CXX", "g++"), *flags, *(f"-I{path}" for path in paths), str(ROOT / "csrc/cuda_ops.cpp")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[:3000]
