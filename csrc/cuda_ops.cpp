@@ -15,7 +15,7 @@ namespace {
 
 // SAMKERN_ONE_LAUNCH=0 takes a launch for each phase, for profilers that serialise blocks and to compare.
 bool one_launch(int device) {
-  static const char* const setting = std::getenv("SAMKERN_ONE_LAUNCH");
+  const char* const setting = std::getenv("SAMKERN_ONE_LAUNCH");
   return (setting == nullptr || std::string(setting) != "0") &&
          at::cuda::getDeviceProperties(device)->cooperativeLaunch != 0;
 }

@@ -42,6 +42,13 @@ class Report(IntEnum):
     )
 
 
+def host_and_device(value: float | Tensor) -> tuple[float, Tensor | None]:
+    """A hyper-parameter as the kernels take it: a number, or a tensor on a GPU, which is never read here."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return math.nan, value
+    return float(value), None
+
+
 class ClimbGroup(NamedTuple):
     """How one param group is perturbed. ``rho = 0``: not at all. ``rho_on_device``, if given, wins over ``rho``."""
 
@@ -50,6 +57,11 @@ class ClimbGroup(NamedTuple):
     eta: float = 0.0
     trust_clip: float = math.inf
     rho_on_device: Tensor | None = None
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether the group is perturbed; a radius that only the GPU knows counts as one."""
+        return self.rho_on_device is not None or self.rho > 0
 
 
 class MixOptions(NamedTuple):

@@ -78,7 +78,7 @@ class ReferencePlan:
         report.zero_()
         scale, finite = self._climb_scales(grads, climbs, report)
         scale = torch.where(finite, scale, math.nan)
-        chosen = [i for i in grads if climbs[self._group[i]].rho > 0]
+        chosen = [i for i in grads if climbs[self._group[i]].perturbs]
         self._saved = {i: self._params[i].detach().clone() for i in chosen}
         self._first = grads if keep else {}
         self.perturbed = True  # from here on an interrupt finds all that restore() needs
@@ -153,14 +153,16 @@ class ReferencePlan:
             group = climbs[self._group[i]]
             weighting = _WEIGHTING.get(group.climb, "gradient")
             sums[:, i] = reference.norms([g], (), [self._params[i]], weighting=weighting, eta=group.eta)[:, 0]
-            if group.rho == 0:
+            if not group.perturbs:
                 sums[3:, i] = 0
         sums[:, -1] = sums[:, :-1].sum(1)
         aa, ww, tt = sums[0], sums[3], sums[4]
         norm = tt[-1].sqrt()
         scale = torch.zeros_like(aa)
         for i in grads:
-            climb, rho, eta, trust_clip, _ = climbs[self._group[i]]
+            climb, rho, eta, trust_clip, rho_on_device = climbs[self._group[i]]
+            if rho_on_device is not None:
+                rho = rho_on_device.double()  # type: ignore[assignment]
             name = climb.name.lower()
             scale[i] = reference.climb_scale(name, rho, ww[i], aa[i], norm, eta=eta, trust_clip=trust_clip)
         finite = torch.stack([reference.finite(row[:-1], self._params) for row in (aa, ww, tt)]).all()
@@ -275,7 +277,9 @@ class ReferencePlan:
             if base == Base.NONE:
                 self._hand_over(p, grads[i], parts)
                 continue
-            lr, weight_decay, momentum, dampening, nesterov, beta1, beta2, eps, _ = groups[self._group[i]]
+            lr, weight_decay, momentum, dampening, nesterov, beta1, beta2, eps, lr_on_device = groups[self._group[i]]
+            if lr_on_device is not None:
+                lr = lr_on_device  # type: ignore[assignment]
             state = [[self._state[p][key]] if p in self._state else [] for key in self._keys]
             if base == Base.SGD:
                 options: dict[str, Any] = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}

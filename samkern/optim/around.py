@@ -70,6 +70,10 @@ class OptimizerAround(Optimizer):
         # The base's own load_state_dict may have put groups in place that never had them.
         return {name: group.get(key, self.defaults[key]) for name, key in self._keys.items()}
 
+    def key(self, name: str) -> str:
+        """What our option ``name`` is called in the groups."""
+        return self._keys[name]
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the new group may override our options. Between the two halves of a step it raises."""
         self.require_idle("add_param_group()")

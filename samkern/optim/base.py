@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from ..options import Base, BaseGroup
+from ..options import Base, BaseGroup, host_and_device
 from ..reference import math_dtype
 
 
@@ -54,13 +53,6 @@ def fitted(value: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
     if value.dtype == dtype and value.device == p.device and value.stride() == p.stride():
         return value
     return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(value)
-
-
-def host_and_device(value: Any) -> tuple[float, Tensor | None]:
-    """A hyper-parameter as the kernels take it: a number, or a tensor on the device, which is never read here."""
-    if isinstance(value, Tensor) and value.device.type != "cpu":
-        return math.nan, value
-    return float(value), None
 
 
 def _sgd_group(group: Mapping[str, Any]) -> BaseGroup:

@@ -22,7 +22,7 @@ from torch import nn
 from ..batchnorm import frozen_running_stats
 from ..options import Base, Mix, MixOptions, Report
 from .around import OptimizerAround
-from .base import make_base
+from .base import fused_rule, make_base
 from .checks import at_least, one_of
 from .explain import explain
 from .keeper import PlanKeeper, parameters_of
@@ -68,6 +68,9 @@ class SharpnessAware(OptimizerAround):
         max_grad_norm: clips what the base receives to this norm, > 0. The perturbation is not affected.
         cache_dtype: ``torch.float32`` or ``torch.bfloat16`` for what ``reuse`` keeps (float32: float64 for float64 weights).
         share_rng: gives both passes the same random numbers (dropout masks). Only with ``step(closure)``.
+        capturable: for recording steps in a CUDA graph: ``lr`` and ``rho`` of the groups become tensors on the GPU, which
+            a replay reads anew (change them by ``fill_``, as torch's schedulers do). Warm up some steps before recording,
+            with ``zero_grad(set_to_none=False)``; with ``k > 1``, record a step that looks and one that does not.
         nonfinite: "skip": a step with a NaN or infinite gradient changes nothing. "ignore": only the first gradient of a
             look is checked, which costs nothing.
         backend: name of the backend that runs the passes; by default the fastest one. See ``samkern.backends()``.
@@ -109,6 +112,7 @@ class SharpnessAware(OptimizerAround):
         max_grad_norm: float | None = None,
         cache_dtype: torch.dtype = torch.float32,
         share_rng: bool = False,
+        capturable: bool = False,
         nonfinite: str = "skip",
         backend: str | None = None,
         **base_options: Any,
@@ -126,6 +130,8 @@ class SharpnessAware(OptimizerAround):
         self._keeper = PlanKeeper(base, backend, cache_dtype)
         super().__init__(base, options, not_per_group=("k", "scope", "min_sine"))
         self.evaluations = self._t = 0
+        if capturable:
+            self._make_capturable()
         self._warn_of_half_precision()
 
     @torch.no_grad()
@@ -256,10 +262,22 @@ class SharpnessAware(OptimizerAround):
         if self.reuse is not None:
             self.reuse.check(options)
 
+    def _make_capturable(self) -> None:
+        rule, why = fused_rule(self.base)
+        if rule is None:
+            raise ValueError(f"capturable=True needs a fused update: {why}, and whether to step is then asked on the host")
+        if (backend := self._keeper.resolved()) == "triton":
+            raise ValueError("capturable=True runs on the cuda backend; this optimizer's is triton")
+        keys = ("lr", self.key("rho"))
+        for group in self.param_groups:
+            for key in keys:
+                if backend == "cuda" and not isinstance(group[key], torch.Tensor) and group[key] > 0:
+                    group[key] = torch.tensor(group[key], dtype=torch.float32, device=self._keeper.kept.skips.device)
+
     def _warn_of_half_precision(self) -> None:
         if self.perturbation.survives_half_precision:
             return
-        perturbed = [group for group in self.param_groups if self.options(group)["rho"] > 0]
+        perturbed = [group for group in self.param_groups if self.perturbation.climb(self.options(group)).perturbs]
         if any(p.element_size() == 2 for group in perturbed for p in group["params"]):
             warnings.warn(
                 "half-precision weights lose perturbations below half a unit in their last place; keep the weights in "

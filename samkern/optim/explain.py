@@ -50,6 +50,7 @@ def _passes(opt: SharpnessAware, keeper: PlanKeeper) -> list[str]:
 def _group(opt: SharpnessAware, index: int, group: dict[str, Any]) -> str:
     numel = sum(p.numel() for p in group["params"])
     climb = opt.perturbation.climb(opt.options(group))
-    how = f"rho = {climb.rho:g}, {_FORMULAS[climb.climb]}" if climb.rho > 0 else "not perturbed (rho = 0)"
+    rho = "a tensor" if climb.rho_on_device is not None else f"{climb.rho:g}"
+    how = f"rho = {rho}, {_FORMULAS[climb.climb]}" if climb.perturbs else "not perturbed (rho = 0)"
     dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in group["params"]}))
     return f"group {index}: {len(group['params'])} tensors, {numel:,} entries, {dtypes or 'empty'}; {how}"

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from ..options import Climb, ClimbGroup
+from ..options import Climb, ClimbGroup, host_and_device
 from .checks import at_least, one_of
 
 
@@ -55,7 +55,8 @@ class Euclidean(Perturbation):
         one_of("p", group["p"], (2, math.inf))
 
     def climb(self, group: Mapping[str, Any]) -> ClimbGroup:
-        return ClimbGroup(Climb.EUCLIDEAN if group["p"] == 2 else Climb.SIGN, group["rho"])
+        rho, on_device = host_and_device(group["rho"])
+        return ClimbGroup(Climb.EUCLIDEAN if group["p"] == 2 else Climb.SIGN, rho, rho_on_device=on_device)
 
 
 class Adaptive(Perturbation):
@@ -87,7 +88,8 @@ class Adaptive(Perturbation):
 
     def climb(self, group: Mapping[str, Any]) -> ClimbGroup:
         kind = self._CLIMBS[group["mode"]] if group["adaptive"] else Climb.EUCLIDEAN
-        return ClimbGroup(kind, group["rho"], group["eta"])
+        rho, on_device = host_and_device(group["rho"])
+        return ClimbGroup(kind, rho, group["eta"], rho_on_device=on_device)
 
 
 class Elementwise(Adaptive):
@@ -139,7 +141,8 @@ class Layerwise(Perturbation):
         at_least("trust_clip", group["trust_clip"], 0, strictly=True)
 
     def climb(self, group: Mapping[str, Any]) -> ClimbGroup:
-        return ClimbGroup(self._CLIMBS[group["layer_mode"]], group["rho"], trust_clip=group["trust_clip"])
+        rho, on_device = host_and_device(group["rho"])
+        return ClimbGroup(self._CLIMBS[group["layer_mode"]], rho, 0.0, group["trust_clip"], on_device)
 
     @property
     def survives_half_precision(self) -> bool:
