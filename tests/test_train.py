@@ -115,7 +115,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(method, tmp_path, monkeypatch, c
 
     def interrupted(self, closure):
         calls.append(1)
-        if len(calls) == 7:  # of 4 an epoch: in the second
+        if len(calls) == 7:  # of 4 in an epoch: in the second
             closure()
             raise KeyboardInterrupt
         return step(self, closure)
