@@ -1,0 +1,239 @@
+"""One run of the training study: a method, a seed, and everything that has to be kept to stop and go on bit-exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import SGD, Optimizer
+
+import samkern
+from samkern.backends import resolve
+
+from . import cifar, nets
+from .atomic_save import atomic_save
+from .step_clock import Step, StepClock
+from .train_log import Row, StudyError, facts
+
+TEST_BATCH = 1000
+
+
+def methods() -> dict[str, type[Optimizer]]:
+    """Plain SGD, and every method that samkern exports, by lower-cased name."""
+    exported = {name: getattr(samkern, name) for name in samkern.__all__ if name != "SharpnessAware"}
+    ours = {
+        name.lower(): value
+        for name, value in exported.items()
+        if isinstance(value, type) and issubclass(value, samkern.SharpnessAware)
+    }
+    return {"sgd": SGD, **ours}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method by name, and its own options."""
+
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def written(self) -> str:
+        """The options as text."""
+        return " ".join(f"{name}={value}" for name, value in self.options.items())
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of a comparison share. ``warm_up``: epochs in which the learning rate rises to ``lr``, before cosine."""
+
+    epochs: int
+    images: int
+    batch: int
+    width: int
+    lr: float = 0.1
+    warm_up: float = 1.0
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    compiled: bool = False
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.images // self.batch
+
+    def lr_factor(self, step: int) -> float:
+        """Share of ``lr`` in step ``step``, counted from 0."""
+        warm_up, total = round(self.warm_up * self.steps_per_epoch), self.epochs * self.steps_per_epoch
+        if step < warm_up:
+            return (step + 1) / warm_up
+        return 0.5 + 0.5 * math.cos(math.pi * (step - warm_up) / max(1, total - warm_up))
+
+
+def make_optimizer(entry: Entry, setting: Setting, model: nn.Module) -> Optimizer:
+    """SGD with momentum, or ``entry``'s method around it.
+
+    Raises:
+        ValueError, TypeError: an option is unknown or out of range.
+    """
+    base = {"lr": setting.lr, "momentum": setting.momentum, "weight_decay": setting.weight_decay}
+    make = methods()[entry.method]
+    if make is SGD:
+        # The fastest SGD that torch has is what the others' time is compared with.
+        fused = next(model.parameters()).is_cuda
+        return SGD(model.parameters(), **{"fused": fused, **base, **entry.options})
+    return make(model.parameters(), SGD, model=model, **{**base, **entry.options})
+
+
+class Run:
+    """Trains epoch by epoch. ``rows`` has a row for each epoch so far; ``pairs`` counts calls of the closure."""
+
+    def __init__(self, entry: Entry, seed: int, setting: Setting, data: cifar.Cifar, device: torch.device) -> None:
+        self.entry, self.seed, self.setting, self.data, self.device = entry, seed, setting, data, device
+        torch.manual_seed(seed)
+        self.net = nets.resnet18(setting.width).to(device, memory_format=torch.channels_last)
+        self.forward = torch.compile(self.net) if setting.compiled else self.net
+        self.opt = make_optimizer(entry, setting, self.net)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.opt, setting.lr_factor)
+        self.seconds, self.pairs = 0.0, 0
+        self.rows: list[Row] = []
+
+    @property
+    def finished(self) -> bool:
+        return len(self.rows) == self.setting.epochs
+
+    def train_epoch(self) -> Row:
+        """One epoch of training, and the test. Nothing in the loop over batches waits for the device."""
+        epoch = len(self.rows) + 1
+        clock = StepClock(self.device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        n_right = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.net.train()
+        start = time.perf_counter()
+        for x, y in cifar.batches(self.data, self.setting.batch, self.seed, epoch):
+            answers: list[Tensor] = []
+            step = clock.begin()
+            loss = self.opt.step(self.closure(x, y, clock, step, answers))
+            step.end = clock.now()
+            self.schedule.step()
+            loss_sum += loss.detach()
+            n_right += (answers[0].argmax(1) == y).sum()  # at the weights themselves, before any climb
+        train_loss = loss_sum.item() / self.setting.steps_per_epoch
+        self.seconds += time.perf_counter() - start
+        self.pairs += sum(len(step.pairs) for step in clock.steps)
+        train_accuracy = 100 * n_right.item() / (self.setting.steps_per_epoch * self.setting.batch)
+        test_accuracy = self.test()
+        milliseconds, own_share = clock.summary()
+        row = Row(
+            method=self.entry.method,
+            options=self.entry.written,
+            seed=self.seed,
+            epoch=epoch,
+            epochs=self.setting.epochs,
+            images=self.setting.images,
+            batch=self.setting.batch,
+            width=self.setting.width,
+            train_loss=round(train_loss, 5),
+            train_accuracy=round(train_accuracy, 3),
+            test_accuracy=round(test_accuracy, 3),
+            gap=round(train_accuracy - test_accuracy, 3),
+            seconds=round(self.seconds, 2),
+            pairs=self.pairs,
+            ms_per_step=round(milliseconds, 4),
+            own_share=round(own_share, 4),
+            **facts(self.device, self.backend(), self.setting.compiled),
+        )
+        self.rows.append(row)
+        return row
+
+    def backend(self) -> str:
+        """What does the optimizer's arithmetic."""
+        return "torch" if type(self.opt) is SGD else resolve(self.device, self.entry.options.get("backend"))
+
+    def closure(
+        self, x: Tensor, y: Tensor, clock: StepClock, step: Step, answers: list[Tensor]
+    ) -> Callable[[], Tensor]:
+        """Zeroes the gradients, computes the loss, calls backward, returns the loss; notes when, and what the net said."""
+
+        def closure() -> Tensor:
+            begin = clock.now()
+            self.opt.zero_grad()
+            with self.precision():
+                answer = self.forward(x)
+                loss = functional.cross_entropy(answer, y, label_smoothing=self.setting.label_smoothing)
+            loss.backward()
+            answers.append(answer.detach())
+            step.pairs.append((begin, clock.now()))
+            return loss
+
+        return closure
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """bfloat16 autocast on a GPU; on the CPU float32, which is faster there."""
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    @torch.no_grad()
+    def test(self) -> float:
+        """Share of right answers on the test images, in per cent."""
+        self.net.eval()
+        n_right = torch.zeros((), dtype=torch.int64, device=self.device)
+        parts = zip(self.data.test_x.split(TEST_BATCH), self.data.test_y.split(TEST_BATCH), strict=True)
+        for images, y in parts:
+            with self.precision():
+                n_right += (self.net(self.data.normalised(images)).argmax(1) == y).sum()
+        return 100 * n_right.item() / len(self.data.test_y)
+
+    # ---- checkpoints: batches depend on (seed, epoch) alone, so there is no state of the input to keep
+
+    @property
+    def name(self) -> str:
+        """The run's file name without ending."""
+        return "-".join([self.entry.method, *self.entry.written.split(), f"seed{self.seed}"]).replace("/", "_")
+
+    def save(self, path: Path) -> None:
+        """Writes a checkpoint; ``path`` has the old one or the whole new one, whenever it is interrupted."""
+        state = {
+            "setting": asdict(self.setting),
+            "net": self.net.state_dict(),
+            "opt": self.opt.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "generators": self.generators(),
+            "seconds": self.seconds,
+            "pairs": self.pairs,
+            "rows": [asdict(row) for row in self.rows],
+        }
+        atomic_save(state, path)
+
+    def load(self, path: Path) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            StudyError: it is of another setting. Nothing has been loaded then.
+        """
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        ours = asdict(self.setting)
+        for name, value in state["setting"].items():
+            if value != ours[name]:
+                raise StudyError(f"{path} was made with {name} {value}, this run has {ours[name]}; drop --resume")
+        self.net.load_state_dict(state["net"])
+        self.opt.load_state_dict(state["opt"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.seconds, self.pairs = state["seconds"], state["pairs"]
+        self.rows = [Row(**row) for row in state["rows"]]
+        torch.set_rng_state(state["generators"]["cpu"].cpu())
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["generators"]["cuda"].cpu(), self.device)
+
+    def generators(self) -> dict[str, Tensor]:
+        """torch's own random state: a net with dropout would draw from it."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
