@@ -1,23 +1,30 @@
 // samkern._cuda: the GPU kernels, as functions that samkern._C's Plan calls. Device, stream and errors are dealt with here.
-#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/extension.h>
+#include <c10/cuda/CUDAStream.h>
+#include <pybind11/pybind11.h>
 
 #include <cstdlib>
 #include <string>
 
 #include "cuda/launchers.h"
-#include "device_tables.h"
+#include "half_steps.h"
 
 namespace samkern {
 namespace {
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
 
 // SAMKERN_ONE_LAUNCH=0 takes a launch for each phase, for profilers that serialise blocks and to compare.
 bool one_launch(int device) {
   const char* const setting = std::getenv("SAMKERN_ONE_LAUNCH");
   return (setting == nullptr || std::string(setting) != "0") &&
-         at::cuda::getDeviceProperties(device)->cooperativeLaunch != 0;
+         attribute(cudaDevAttrCooperativeLaunch, device) != 0;
 }
 
 device::Stream stream_of(int device) {
@@ -44,7 +51,7 @@ void update(const PlanView& plan, const UpdateOptions& options, int device) {
 }
 
 int n_blocks(int device) {
-  return device::kBlocksPerProcessor * at::cuda::getDeviceProperties(device)->multiProcessorCount;
+  return device::kBlocksPerProcessor * attribute(cudaDevAttrMultiProcessorCount, device);
 }
 
 bool is_capturing(int device) {

@@ -1,6 +1,7 @@
 // The GPU kernels, run by fibers on the CPU, in the place of samkern._cuda. See cuda_on_cpu.h.
 #include <pybind11/pybind11.h>
 
+#include "../csrc/cuda/device.h"
 #include "../csrc/cuda/launchers.h"
 
 namespace py = pybind11;

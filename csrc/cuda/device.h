@@ -3,25 +3,15 @@
 #pragma once
 #include <cstdint>
 
-namespace samkern::device {
+#include "grid.h"
 
-// Part of the arithmetic: the order in which a block adds depends on it.
-constexpr int kThreads = 256;
-constexpr int kWarp = 32;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int kBlocksPerProcessor = 2;
+namespace samkern::device {
 
 struct alignas(16) Bits16 {
   uint32_t words[4];
 };
 struct alignas(8) Bits8 {
   uint32_t words[2];
-};
-
-// What a launcher is told about where to run. `one_launch`: the device lets all blocks of a grid wait for each other.
-struct Stream {
-  void* handle = nullptr;
-  bool one_launch = true;
 };
 
 }  // namespace samkern::device
@@ -83,23 +73,23 @@ SAMKERN_DEVICE T* in_global(T* x) {
 }
 
 SAMKERN_DEVICE Bits16 load(const Bits16* from) {
-  const uint4 x = *reinterpret_cast<const uint4*>(from);
+  const uint4 x = *in_global(reinterpret_cast<const uint4*>(from));
   return {{x.x, x.y, x.z, x.w}};
 }
 SAMKERN_DEVICE Bits8 load(const Bits8* from) {
-  const uint2 x = *reinterpret_cast<const uint2*>(from);
+  const uint2 x = *in_global(reinterpret_cast<const uint2*>(from));
   return {{x.x, x.y}};
 }
 
 // `streamed`: not needed soon, evicted first.
 SAMKERN_DEVICE void store(Bits16* to, const Bits16& x, bool streamed) {
   const uint4 bits = make_uint4(x.words[0], x.words[1], x.words[2], x.words[3]);
-  auto* target = reinterpret_cast<uint4*>(to);
+  auto* target = in_global(reinterpret_cast<uint4*>(to));
   streamed ? __stcs(target, bits) : static_cast<void>(*target = bits);
 }
 SAMKERN_DEVICE void store(Bits8* to, const Bits8& x, bool streamed) {
   const uint2 bits = make_uint2(x.words[0], x.words[1]);
-  auto* target = reinterpret_cast<uint2*>(to);
+  auto* target = in_global(reinterpret_cast<uint2*>(to));
   streamed ? __stcs(target, bits) : static_cast<void>(*target = bits);
 }
 

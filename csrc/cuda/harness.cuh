@@ -115,7 +115,7 @@ SAMKERN_DEVICE void reduce_chunk(const PlanView& plan, const Reduction& what, Cl
   const bool squares = has_a && climb != Climb::kFilter;  // else the filters' sums are added
   T sums[kCC] = {};
   const int32_t n = squares || has_b || needs_w ? chunk.n : 0;
-  for_block<kPack<T>>(n, aligned(a) && aligned(b) && (!needs_w || aligned(w)), [&](auto width, int32_t i) {
+  for_block<kPack<kind_a, T>>(n, aligned(a) && aligned(b) && (!needs_w || aligned(w)), [&](auto width, int32_t i) {
     constexpr int N = decltype(width)::value;
     T va[N] = {}, vb[N] = {}, vw[N] = {};
     if (has_a) load<kind_a>(a, chunk.at + i, va);

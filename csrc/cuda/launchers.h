@@ -1,7 +1,7 @@
 // The GPU kernels: half-steps on a view in device memory, started on a stream. They return null, or why a launch failed.
 #pragma once
 #include "../half_steps.h"
-#include "device.h"
+#include "grid.h"
 
 namespace samkern::cuda {
 

@@ -15,9 +15,10 @@ struct Width {
   static constexpr int value = n;
 };
 
-// Values that a thread takes at a time: 16 bytes of a half type or double, 32 of float.
-template <typename T>
-constexpr int kPack = sizeof(T) == 8 ? 2 : 8;
+// Values that a thread takes at a time: 16 bytes of a half type or double, 32 of float. Half of that in kernels for lists of
+// any dtype, which need registers for the dtypes that they do not meet.
+template <Kind kind, typename T>
+constexpr int kPack = (sizeof(T) == 8 ? 2 : 8) / (kind == Kind::kAny && sizeof(T) == 4 ? 2 : 1);
 
 struct BFloat16 {
   uint16_t bits;
@@ -90,7 +91,7 @@ using AccessOf = std::conditional_t<sizeof(R) % 16 == 0, device::Bits16, device:
 
 template <typename Storage, int N>
 SAMKERN_DEVICE Raw<Storage, N> read_raw(const Operand& x, int64_t at) {
-  const Storage* from = device::in_global(static_cast<const Storage*>(x.address)) + at;
+  const Storage* from = device::in_global(static_cast<const Storage*>(x.address) + at);
   Raw<Storage, N> raw;
   if constexpr (N > 1 && sizeof(raw) % 8 == 0) {
     using Access = AccessOf<Raw<Storage, N>>;
@@ -105,7 +106,7 @@ SAMKERN_DEVICE Raw<Storage, N> read_raw(const Operand& x, int64_t at) {
 
 template <typename Storage, int N>
 SAMKERN_DEVICE void write_raw(const Operand& x, int64_t at, const Raw<Storage, N>& raw, bool streamed = false) {
-  Storage* to = device::in_global(static_cast<Storage*>(x.address)) + at;
+  Storage* to = device::in_global(static_cast<Storage*>(x.address) + at);
   if constexpr (N > 1 && sizeof(raw) % 8 == 0) {
     using Access = AccessOf<Raw<Storage, N>>;
     const auto* packs = reinterpret_cast<const Access*>(raw.values);

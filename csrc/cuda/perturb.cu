@@ -103,7 +103,7 @@ SAMKERN_DEVICE void perturb_chunk(const PerturbArgs& args, const ClimbGroup& gro
   const Climb how = climb_of(group, plan.filters[chunk.tensor]);
   const bool half = size_of(w.dtype) == 2, climbs = std::isfinite(scale);
   T moved_sq = 0, moved_eps = 0, eps_sq = 0;
-  for_block<kPack<T>>(chunk.n, aligned(w) && aligned(saved) && aligned(first), [&](auto width, int32_t i) {
+  for_block<kPack<kind_w, T>>(chunk.n, aligned(w) && aligned(saved) && aligned(first), [&](auto width, int32_t i) {
     constexpr int N = decltype(width)::value;
     T values[N], g[N], climbed[N];
     load_and_save<kind_w>(w, saved, chunk.at + i, values);

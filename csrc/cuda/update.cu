@@ -289,7 +289,9 @@ SAMKERN_DEVICE void apply_chunk(const UpdateArgs& args, const Decided& decided, 
   with_math_type<kind_w>(plan.w[t], [&](auto zero) {
     using T = decltype(zero);
     ChunkUpdate<kind_w, kind_g, base, T> update(args, decided, t);
-    for_block<kPack<T>>(chunk.n, update.packed(), [&](auto width, int32_t i) {
+    constexpr bool crowded = kind_w == Kind::kAny && (base == Base::kAdam || base == Base::kAdamW);
+    constexpr int pack = crowded ? 2 : kPack<kind_w, T>;  // five operands of any dtype: else registers spill
+    for_block<pack>(chunk.n, update.packed(), [&](auto width, int32_t i) {
       update.template run<decltype(width)::value>(chunk.at + i);
     });
     if (!decomposes) return;
