@@ -19,12 +19,12 @@ CLANG_FORMAT := $(VENV)/bin/clang-format
 BUILT := $(VENV)/installed-$(TORCH)
 endif
 
-.PHONY: install demo test lint bench clean build-in-place
+.PHONY: install demo test lint bench kernels gpu clean build-in-place
 
 install: $(BUILT)
 
 # torch first: the extension is built against the one that is there, and nothing may replace it afterwards.
-$(VENV)/installed-%: pyproject.toml constraints.txt setup.py $(wildcard csrc/*) $(wildcard csrc/cpu/*)
+$(VENV)/installed-%: pyproject.toml constraints.txt setup.py $(wildcard csrc/*) $(wildcard csrc/cpu/*) $(wildcard csrc/cuda/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet torch==$* -c constraints.txt
 	$(VENV)/bin/python -m pip install --quiet setuptools wheel ninja -c constraints.txt
@@ -46,10 +46,18 @@ lint: $(BUILT)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	$(CLANG_FORMAT) --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp
+	$(CLANG_FORMAT) --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/* tests/cuda_on_cpu.*
 
 bench: $(BUILT)
 	$(RUN) -m pytest bench -q $(OPTIONS)
+
+# Registers and spills of every GPU kernel, by nvcc alone.
+kernels: $(BUILT)
+	$(RUN) -m bench.kernels
+
+# On a GPU machine that has torch: builds in place with the current Python, then tests, sanitizers and benchmarks.
+gpu: build-in-place
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m bench.gpu
 
 clean:
 	rm -rf build dist *.egg-info .venv .coverage .hypothesis .mypy_cache .ruff_cache demo-results samkern/*.so samkern/_build.json samkern/triton_kernels

@@ -60,7 +60,9 @@ def measure(source: Path, architecture: str) -> list[Kernel]:
         assert name is not None
         assert used is not None, block
         shared = re.search(r"(\d+) bytes smem", used[2])
-        spills = sum(int(a) + int(b) for a, b in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", block))
+        spills = sum(
+            int(a) + int(b) for a, b in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", block)
+        )
         stack = sum(map(int, re.findall(r"(\d+) bytes stack frame", block)))
         kernel = Kernel(
             readable(name[1]), f"sm_{architecture}", int(used[1]), spills, stack, int(shared[1]) if shared else 0
@@ -89,9 +91,7 @@ def main() -> int:
         writer.writerows(asdict(row) for row in rows)
     print(f"{'kernel':<26}{'':<8}{'registers':>10}{'spills':>8}{'stack':>7}{'shared':>8}")
     for row in rows:
-        print(
-            f"{row.kernel:<26}{row.architecture:<8}{row.registers:>10}{row.spills:>8}{row.stack:>7}{row.shared:>8}"
-        )
+        print(f"{row.kernel:<26}{row.architecture:<8}{row.registers:>10}{row.spills:>8}{row.stack:>7}{row.shared:>8}")
     print(f"written: {TABLE}")
     return 1 if any(row.spills for row in rows) else 0
 

@@ -22,8 +22,7 @@ using at::Tensor;
 // climb, rho, eta, trust_clip, rho on the device
 using ClimbTuple = std::tuple<int32_t, double, double, double, std::optional<Tensor>>;
 // lr, weight_decay, momentum, dampening, nesterov, beta1, beta2, eps, lr on the device
-using BaseTuple =
-    std::tuple<double, double, double, double, bool, double, double, double, std::optional<Tensor>>;
+using BaseTuple = std::tuple<double, double, double, double, bool, double, double, double, std::optional<Tensor>>;
 using MixTuple =
     std::tuple<int32_t, int32_t, double, std::vector<double>>;  // mix, scope, min_sine, alpha of each group
 
@@ -124,7 +123,8 @@ class Layouts {
 // zero_grad() and weights may; what Python replaced behind the plan's back is found by fits() and holds().
 class Plan {
  public:
-  Plan(const py::list& params, std::vector<int32_t> group, Tensor cache_norm, Tensor fresh, Tensor skips, bool on_device)
+  Plan(const py::list& params, std::vector<int32_t> group, Tensor cache_norm, Tensor fresh, Tensor skips,
+       bool on_device)
       : objects_(params),
         params_(params.cast<std::vector<Tensor>>()),
         tables_(params_, std::move(group), on_device ? kDeviceChunk : kChunk),
@@ -294,10 +294,10 @@ class Plan {
 
   Scalar scalar(double host, const std::optional<Tensor>& on_device, const char* name) const {
     if (!on_device) return {host, nullptr};
-    TORCH_CHECK_VALUE(on_device->scalar_type() == at::kFloat && on_device->numel() == 1 &&
-                          on_device->device() == params_[0].device(),
-                      name, " must be a float32 tensor of one entry on ", params_[0].device(), ", got ",
-                      on_device->scalar_type(), " ", on_device->sizes(), " on ", on_device->device());
+    TORCH_CHECK_VALUE(
+        on_device->scalar_type() == at::kFloat && on_device->numel() == 1 && on_device->device() == params_[0].device(),
+        name, " must be a float32 tensor of one entry on ", params_[0].device(), ", got ", on_device->scalar_type(),
+        " ", on_device->sizes(), " on ", on_device->device());
     return {host, on_device->const_data_ptr<float>()};
   }
 
@@ -459,8 +459,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     samkern::device_functions = *functions.get_pointer<samkern::DeviceFunctions>();
   });
   py::class_<Plan>(m, "Plan")
-      .def(py::init<const py::list&, std::vector<int32_t>, at::Tensor, at::Tensor, at::Tensor, bool>(), py::arg("params"),
-           py::arg("group"), py::arg("cache_norm"), py::arg("fresh"), py::arg("skips"), py::arg("on_device") = false)
+      .def(py::init<const py::list&, std::vector<int32_t>, at::Tensor, at::Tensor, at::Tensor, bool>(),
+           py::arg("params"), py::arg("group"), py::arg("cache_norm"), py::arg("fresh"), py::arg("skips"),
+           py::arg("on_device") = false)
       .def_property_readonly("perturbed", &Plan::perturbed)
       .def("fits", &Plan::fits)
       .def("holds", &Plan::holds)

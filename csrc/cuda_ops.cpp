@@ -1,4 +1,5 @@
-// samkern._cuda: the GPU kernels, as functions that samkern._C's Plan calls. Device, stream and errors are dealt with here.
+// samkern._cuda: the GPU kernels, as functions that samkern._C's Plan calls. Device, stream and errors are dealt with
+// here.
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -23,8 +24,7 @@ int attribute(cudaDeviceAttr which, int device) {
 // SAMKERN_ONE_LAUNCH=0 takes a launch for each phase, for profilers that serialise blocks and to compare.
 bool one_launch(int device) {
   const char* const setting = std::getenv("SAMKERN_ONE_LAUNCH");
-  return (setting == nullptr || std::string(setting) != "0") &&
-         attribute(cudaDevAttrCooperativeLaunch, device) != 0;
+  return (setting == nullptr || std::string(setting) != "0") && attribute(cudaDevAttrCooperativeLaunch, device) != 0;
 }
 
 device::Stream stream_of(int device) {
@@ -50,9 +50,7 @@ void update(const PlanView& plan, const UpdateOptions& options, int device) {
   check(cuda::update(plan, options, stream_of(device)), "update");
 }
 
-int n_blocks(int device) {
-  return device::kBlocksPerProcessor * attribute(cudaDevAttrMultiProcessorCount, device);
-}
+int n_blocks(int device) { return device::kBlocksPerProcessor * attribute(cudaDevAttrMultiProcessorCount, device); }
 
 bool is_capturing(int device) {
   const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));

@@ -14,7 +14,8 @@ std::vector<int32_t> shares(const PlanView& host, int32_t n_blocks) {
   std::vector<int32_t> begin;
   const int64_t* end = host.chunk_cost + host.n_chunks;
   for (int64_t b = 0; b <= n_blocks; ++b) {
-    begin.push_back(static_cast<int32_t>(std::lower_bound(host.chunk_cost, end, *end * b / n_blocks) - host.chunk_cost));
+    begin.push_back(
+        static_cast<int32_t>(std::lower_bound(host.chunk_cost, end, *end * b / n_blocks) - host.chunk_cost));
   }
   return begin;
 }
@@ -49,7 +50,9 @@ DeviceTables::DeviceTables(const Tables& tables, at::Device device, const Device
 
   memory_ = at::from_blob(image_.data(), {static_cast<int64_t>(image_.size())}, at::kByte).to(device);
   auto* base = memory_.mutable_data_ptr<uint8_t>();
-  auto place = [&](auto*& field, size_t at) { field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(base + at); };
+  auto place = [&](auto*& field, size_t at) {
+    field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(base + at);
+  };
   Operand** row_fields[] = {&view_.w,      &view_.grad,   &view_.first, &view_.saved, &view_.cache,
                             &view_.state1, &view_.state2, &view_.step,  &view_.out};
   for (size_t row = 0; row < kNRows; ++row) place(*row_fields[row], rows + row * n * sizeof(Operand));

@@ -9,8 +9,8 @@
 
 namespace samkern {
 
-// One allocation that holds all tables and the workspace. The rows of operands are compared with what was sent last, and
-// only the span that changed is sent, by way of pinned memory; the rest never changes.
+// One allocation that holds all tables and the workspace. The rows of operands are compared with what was sent last,
+// and only the span that changed is sent, by way of pinned memory; the rest never changes.
 class DeviceTables {
  public:
   DeviceTables(const Tables& host, at::Device device, const DeviceFunctions& functions);
@@ -28,7 +28,7 @@ class DeviceTables {
   const DeviceFunctions& functions_;
   at::Device device_;
   at::Tensor memory_;
-  std::vector<char> image_;   // of what has a value on the host
+  std::vector<char> image_;    // of what has a value on the host
   std::vector<Operand> sent_;  // rows as they are on the device
   size_t n_tensors_;
   double *filter_ww_ = nullptr, *filter_aa_ = nullptr;

@@ -30,8 +30,8 @@ struct UpdateOptions {
   bool reduces() const { return check || max_grad_norm > 0 || mix.mix != Mix::kGradient; }
 };
 
-// What samkern._cuda hands to samkern._C. The functions set the device, take its current stream, launch, and throw if that
-// fails.
+// What samkern._cuda hands to samkern._C. The functions set the device, take its current stream, launch, and throw if
+// that fails.
 struct DeviceFunctions {
   void (*perturb)(const PlanView& plan, const PerturbOptions& options, int device);
   void (*restore)(const PlanView& plan, int device);

@@ -173,7 +173,8 @@ void update_sgd_(TensorList w, TensorList u, TensorList momentum_buffer, TensorL
                  const std::optional<Tensor>& clip, const std::optional<Tensor>& skip, double lr, double momentum,
                  double dampening, double weight_decay, bool nesterov, const std::optional<Tensor>& first) {
   Call call(w);
-  const BaseGroup group{.lr = {lr}, .weight_decay = weight_decay, .momentum = momentum, .dampening = dampening, .nesterov = nesterov};
+  const BaseGroup group{
+      .lr = {lr}, .weight_decay = weight_decay, .momentum = momentum, .dampening = dampening, .nesterov = nesterov};
   UpdateOptions options;
   options.base = Base::kSgd;
   options.groups = &group;

@@ -15,7 +15,9 @@ constexpr int64_t kDeviceChunk = 1 << 14;
 
 enum class Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-SAMKERN_INLINE constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
+SAMKERN_INLINE constexpr int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
 
 // The storage of one tensor in one role. No address: this tensor plays no such role in this call.
 struct Operand {
@@ -63,11 +65,11 @@ struct PlanView {
   int32_t n_tensors, n_chunks, n_filter_runs, n_blocks;
   int32_t common_dtype;  // the Dtype of all weights and gradients, or -1
 
-  double* partials;   // [n_chunks][kNSums]
-  double* sums;       // [kNSums][n_tensors + 1]: per tensor, then over all
-  double* coeffs;     // [kNCoeffs][n_tensors]
-  double* filter_ww;  // [all filters] sum of w^2
-  double* filter_aa;  // [all filters] sum of a^2
+  double* partials;    // [n_chunks][kNSums]
+  double* sums;        // [kNSums][n_tensors + 1]: per tensor, then over all
+  double* coeffs;      // [kNCoeffs][n_tensors]
+  double* filter_ww;   // [all filters] sum of w^2
+  double* filter_aa;   // [all filters] sum of a^2
   uint32_t* arrivals;  // blocks of a grid that are done, 0 between launches; only on a GPU
 
   SAMKERN_INLINE double* sums_of(Sum which) const { return sums + static_cast<int64_t>(which) * (n_tensors + 1); }
@@ -117,8 +119,8 @@ enum class Scope : int32_t { kGlobal, kTensor };
 struct MixOptions {
   Mix mix = Mix::kGradient;
   Scope scope = Scope::kGlobal;
-  double min_sine = 0;            // a cache no longer than this share of norm(grad) is rounding residue: never reused
-  double* cache_norm = nullptr;   // [n_tensors + 1] per tensor, then over all; kept between steps; 0: not to be reused
+  double min_sine = 0;           // a cache no longer than this share of norm(grad) is rounding residue: never reused
+  double* cache_norm = nullptr;  // [n_tensors + 1] per tensor, then over all; kept between steps; 0: not to be reused
 };
 
 enum class Base : int32_t { kNone, kSgd, kAdam, kAdamW };
@@ -140,7 +142,7 @@ enum Report : int32_t {
   kUpdateNorm,     // norm of u before clipping; only computed when clipping
   kPerturbNorm,    // the norm that eps was divided by: norm(T g) over the perturbed tensors
   kRealisedNorm,   // norm(w' - w) over half-precision tensors
-  kRealisedShare,  // <w' - w, eps> / norm(eps)^2 over half-precision tensors; NaN if there are none
+  kRealisedShare,  // <w' - w, eps> / norm(eps)^2 over half-precision tensors; NaN if a look had none
   kSkippedFirst,   // 1: a gradient at w was not finite
   kSkippedSecond,  // 1: a gradient at w + eps was not finite
   kNReport

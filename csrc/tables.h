@@ -32,7 +32,8 @@ constexpr size_t kNRows = 9;  // of operands in a PlanView
 
 class Tables {
  public:
-  // `like`: dense tensors whose shapes and layouts all operands share. `group`: row of options of each. `chunk`: elements.
+  // `like`: dense tensors whose shapes and layouts all operands share. `group`: row of options of each. `chunk`:
+  // elements.
   Tables(at::TensorList like, std::vector<int32_t> group, int64_t chunk = kChunk);
   Tables(const Tables&) = delete;
   Tables& operator=(const Tables&) = delete;

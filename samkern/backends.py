@@ -1,7 +1,8 @@
 """Which implementation of the passes runs where, and why.
 
-``reference`` is plain PyTorch and runs anywhere; ``cpu`` and ``cuda`` are the compiled extensions; ``triton`` serves GPUs. ``auto`` takes
-the fastest that can serve the device. The choice can be overridden for a block of code, for the process, or for one optimizer::
+``reference`` is plain PyTorch and runs anywhere; ``cpu`` and ``cuda`` are the compiled extensions; ``triton`` serves GPUs.
+``auto`` takes the fastest that can serve the device. The choice can be overridden for a block of code, for the process, or
+for one optimizer::
 
     with samkern.use_backend("reference"):
         opt.step(closure)
@@ -65,6 +66,7 @@ def _load_extension() -> tuple[ModuleType | None, str]:
 
 
 native, _why_native = _load_extension()
+
 
 def load_cuda() -> tuple[bool, str]:
     """Loads samkern._cuda, which hands its kernels to samkern._C."""

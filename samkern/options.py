@@ -59,6 +59,11 @@ class ClimbGroup(NamedTuple):
     rho_on_device: Tensor | None = None
 
     @property
+    def numbers(self) -> tuple[float, ...]:
+        """What the host knows, as a row of a table."""
+        return float(self.climb), self.rho, self.eta, self.trust_clip
+
+    @property
     def perturbs(self) -> bool:
         """Whether the group is perturbed; a radius that only the GPU knows counts as one."""
         return self.rho_on_device is not None or self.rho > 0
@@ -85,3 +90,17 @@ class BaseGroup(NamedTuple):
     beta2: float = 0.0
     eps: float = 0.0
     lr_on_device: Tensor | None = None
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """What the host knows, as a row of a table."""
+        return (
+            self.lr,
+            self.weight_decay,
+            self.momentum,
+            self.dampening,
+            float(self.nesterov),
+            self.beta1,
+            self.beta2,
+            self.eps,
+        )

@@ -5,9 +5,9 @@ A step without its passes over data is two calls::
     plan.perturb(climbs, keep, report)    # norms, saved = w, w += eps; the gradients leave p.grad
     plan.update(base, ..., report)        # norms, restore, mix, keep the cache, clip, base update
 
-``samkern._C.Plan`` runs each as one native call on the CPU and as one launch on a GPU, ``TritonPlan`` as one launch on a GPU;
-``ReferencePlan`` spells them out with ``samkern.reference``. All read ``p.grad`` anew every time. A plan is cheap to throw away: what has to outlive
-it is in ``Kept``.
+``samkern._C.Plan`` runs each as one native call on the CPU and as one launch on a GPU, ``TritonPlan`` as one launch on a
+GPU; ``ReferencePlan`` spells them out with ``samkern.reference``. All read ``p.grad`` anew every time. A plan is cheap to
+throw away: what has to outlive it is in ``Kept``.
 """
 
 from __future__ import annotations

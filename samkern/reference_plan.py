@@ -109,7 +109,6 @@ class ReferencePlan:
         grads = self._gradients()
         if not looked:
             report.zero_()
-            report[Report.REALISED_SHARE] = math.nan
         sums = self._pair_sums(grads, mix.mix)
         grad_sq = sums[2] if mix.mix == Mix.DECOMPOSE else sums[0]
         skip = report[Report.SKIPPED_FIRST] != 0

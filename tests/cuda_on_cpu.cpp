@@ -47,8 +47,7 @@ PYBIND11_MODULE(cuda_on_cpu, m) {
         Machine::get().setting = {seed, n_blocks, one_launch, without};
       },
       py::arg("seed") = 0, py::arg("n_blocks") = 3, py::arg("one_launch") = true, py::arg("without") = "");
-  m.def("run_into_a_deadlock", [] {
-    samkern::check(samkern::device::launch(samkern::deadlock_kernel, samkern::Nothing{}, 1, false, {}));
-  });
+  m.def("run_into_a_deadlock",
+        [] { samkern::check(samkern::device::launch(samkern::deadlock_kernel, samkern::Nothing{}, 1, false, {})); });
   m.attr("functions") = py::capsule(&samkern::functions);
 }

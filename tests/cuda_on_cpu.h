@@ -1,6 +1,6 @@
 // The device of csrc/cuda/device.h on a CPU: every thread of every block is a fiber that runs until it has to wait, and
-// chance decides who runs next. So a missing barrier shows as a wrong or unstable result, and a barrier that not all reach
-// as a deadlock that names the threads. What it cannot show: weak memory ordering, limits of the hardware, speed.
+// chance decides who runs next. So a missing barrier shows as a wrong or unstable result, and a barrier that not all
+// reach as a deadlock that names the threads. What it cannot show: weak memory ordering, limits of the hardware, speed.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -85,7 +85,8 @@ class Machine {
     if (setting.without != "grid_sync") wait(grid_, n_blocks_ * kThreads, "grid_sync");
   }
 
-  // Values of the warp's lanes, by turns in two rows: who is at the next but one shuffle knows that all have read this one.
+  // Values of the warp's lanes, by turns in two rows: who is at the next but one shuffle knows that all have read this
+  // one.
   double exchange(double x, int from) {
     Warp& warp = blocks_[block()].warps[thread() / kWarp];
     double* row = warp.values[current_->shuffles++ % 2];

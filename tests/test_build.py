@@ -128,7 +128,7 @@ def test_the_build_left_its_facts():
     if not list(PACKAGE.glob("*.so")):
         pytest.skip("samkern._C is not built")
     facts = json.loads((PACKAGE / "_build.json").read_text())
-    assert set(facts) == {"torch", "python", "compiler", "flags", "commit"}
+    assert set(facts) == {"torch", "python", "compiler", "flags", "cuda", "commit"}
     assert facts["torch"] == torch.__version__
     assert "fast-math" not in facts["flags"]
 

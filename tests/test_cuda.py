@@ -114,7 +114,9 @@ def on_reference(make, **options):
 
 def close(a, b, dtype):
     tolerance = {FP64: 1e-12, FP32: 2e-6, BF16: 2e-2, FP16: 4e-3, "mixed": 2e-2}[dtype]
-    return all(torch.allclose(x.double(), y.double(), rtol=tolerance, atol=tolerance) for x, y in zip(a, b, strict=True))
+    return all(
+        torch.allclose(x.double(), y.double(), rtol=tolerance, atol=tolerance) for x, y in zip(a, b, strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16, FP64, "mixed"], ids=str)
@@ -234,7 +236,9 @@ def test_an_exception_restores_bitwise(emulated):
 
 def test_more_groups_than_a_launch_carries(emulated):
     params = [nn.Parameter(torch.ones(3, dtype=FP64)) for _ in range(100)]
-    opt = samkern.SAM([{"params": [p], "rho": 0.01 * i, "lr": 0.001 * i} for i, p in enumerate(params)], torch.optim.SGD)
+    opt = samkern.SAM(
+        [{"params": [p], "rho": 0.01 * i, "lr": 0.001 * i} for i, p in enumerate(params)], torch.optim.SGD
+    )
     opt.step(lambda: [setattr(p, "grad", torch.ones(3, dtype=FP64)) for p in params])
     for i, p in enumerate(params):
         assert torch.allclose(p.detach(), torch.full((3,), 1 - 0.001 * i, dtype=FP64))

@@ -121,11 +121,11 @@ class TritonPlan(ReferencePlan):
     def perturb(self, climbs: Sequence[ClimbGroup], keep: bool, report: Tensor) -> None:
         grads = self._gradients()
         operands = {i: _like(grad, self._params[i]) for i, grad in grads.items()}
-        self._saved = self._room_for([i for i in grads if climbs[self._group[i]].rho > 0])
+        self._saved = self._room_for([i for i in grads if climbs[self._group[i]].perturbs])
         self._bind_weights()
         self._bind(common.FIRST, operands)
         self._bind(common.SAVED, self._saved)
-        options = self._upload("climbs", [float(value) for group in climbs for value in group])
+        options = self._upload("climbs", [value for group in climbs for value in group.numbers])
         halves = any(p.element_size() == 2 for p in self._params)
         phases = int(common.REDUCE) | int(common.FOLD) | int(common.APPLY)
         constants = {**climb_constants(climbs), "HALVES": halves}
@@ -451,7 +451,7 @@ def _step_kind(step: Tensor | None) -> int:
 def _update_options(groups: Sequence[BaseGroup], mix: MixOptions, max_grad_norm: float, n_groups: int) -> list[float]:
     values: list[float] = []
     for j in range(n_groups):
-        values += [float(value) for value in groups[j]] if groups else [0.0] * len(BaseGroup._fields)
+        values += groups[j].numbers if groups else BaseGroup(0.0).numbers
         values.append(mix.alpha[j] if mix.mix == Mix.REUSE else 0.0)
     step = [mix.min_sine, max_grad_norm]
-    return values + step + [0.0] * (len(BaseGroup._fields) + 1 - len(step))
+    return values + step + [0.0] * (len(BaseGroup(0.0).numbers) + 1 - len(step))

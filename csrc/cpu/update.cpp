@@ -258,7 +258,8 @@ void mix_coeffs(const PlanView& plan, const UpdateOptions& options) {
     if (mix.mix == Mix::kDecompose) plan.coeffs_of(kProject)[t] = scalars::over_squared(ab[scope], aa[scope]);
     if (mix.mix == Mix::kReuse) {
       plan.coeffs_of(kMixA)[t] = 1;
-      plan.coeffs_of(kMixB)[t] = scalars::reuse_coeff(options.groups[plan.group[t]].alpha, aa[scope], mix.cache_norm[scope]);
+      plan.coeffs_of(kMixB)[t] =
+          scalars::reuse_coeff(options.groups[plan.group[t]].alpha, aa[scope], mix.cache_norm[scope]);
     }
   }
 }
@@ -315,10 +316,7 @@ void update(const PlanView& plan, const UpdateOptions& options, const Pool& pool
   ReduceOptions wanted{.a = plan.grad};
   if (decomposes) wanted = {.a = plan.first, .b = plan.grad};
   if (reuses && clips) wanted.b = plan.cache;
-  if (!options.looked) {
-    std::fill_n(report, static_cast<int>(kNReport), 0.0);
-    report[kRealisedShare] = NAN;
-  }
+  if (!options.looked) std::fill_n(report, static_cast<int>(kNReport), 0.0);
   Applied applied{.skip = report[kSkippedFirst] != 0};
   if (options.reduces()) {
     reduce(plan, wanted, pool);

@@ -53,7 +53,8 @@ SAMKERN_DEVICE T* shared() {
   return values;
 }
 
-// Counts up to `last` and then starts at 0 again. Returns the count before. Orders the caller's earlier writes before it.
+// Counts up to `last` and then starts at 0 again. Returns the count before. Orders the caller's earlier writes before
+// it.
 SAMKERN_DEVICE uint32_t arrive(uint32_t* counter, uint32_t last) {
   __threadfence();
   return atomicInc(counter, last);

@@ -2,7 +2,8 @@
 //
 //   reduce   every block sums its chunks; each chunk leaves its partial sums at its own place
 //   fold     the partial sums of a tensor are added in a fixed pattern, by whichever block it falls to
-//   apply    every block derives the scalars for itself and walks its chunks backwards: what it read last is still in cache
+//   apply    every block derives the scalars for itself and walks its chunks backwards: what it read last is still in
+//   cache
 //
 // with a grid barrier between them, or as three launches of the same kernel. Bits are the same either way, and on any
 // number of blocks: no sum depends on who computes it. The last block to finish leaves what may only change after all
@@ -107,7 +108,8 @@ SAMKERN_DEVICE bool scales_by_weights(Climb climb) {
 
 // Partial sums of one chunk. A thread adds at most 32 products of a kind in T before they are widened.
 template <Kind kind_a, Kind kind_b, Kind kind_w, typename T>
-SAMKERN_DEVICE void reduce_chunk(const PlanView& plan, const Reduction& what, Climb climb, double eta, const Chunk& chunk) {
+SAMKERN_DEVICE void reduce_chunk(const PlanView& plan, const Reduction& what, Climb climb, double eta,
+                                 const Chunk& chunk) {
   const Operand a = what.a[chunk.tensor], w = plan.w[chunk.tensor];
   const Operand b = what.b != nullptr ? what.b[chunk.tensor] : Operand{};
   const bool has_a = a.address != nullptr, has_b = b.address != nullptr;
@@ -213,8 +215,8 @@ SAMKERN_DEVICE void add_filters(const PlanView& plan, int32_t tensor, double eta
 // Tensors of at least this many elements are folded by a whole block.
 constexpr int64_t kLargeTensor = int64_t{32} * kDeviceChunk;
 
-// Calls add(tensor, lane, n_lanes, sums) with all threads of a block for a large tensor, with a warp for the others; then
-// finish(tensor, sums) in one thread. Tensors are shared out among all blocks.
+// Calls add(tensor, lane, n_lanes, sums) with all threads of a block for a large tensor, with a warp for the others;
+// then finish(tensor, sums) in one thread. Tensors are shared out among all blocks.
 template <typename Add, typename Finish>
 SAMKERN_DEVICE void fold_tensors(const PlanView& plan, const Add& add, const Finish& finish) {
   for (int32_t t = device::block(); t < plan.n_tensors; t += device::n_blocks()) {

@@ -1,4 +1,5 @@
-// The GPU kernels: half-steps on a view in device memory, started on a stream. They return null, or why a launch failed.
+// The GPU kernels: half-steps on a view in device memory, started on a stream. They return null, or why a launch
+// failed.
 #pragma once
 #include "../half_steps.h"
 #include "grid.h"

@@ -15,8 +15,8 @@ struct Width {
   static constexpr int value = n;
 };
 
-// Values that a thread takes at a time: 16 bytes of a half type or double, 32 of float. Half of that in kernels for lists of
-// any dtype, which need registers for the dtypes that they do not meet.
+// Values that a thread takes at a time: 16 bytes of a half type or double, 32 of float. Half of that in kernels for
+// lists of any dtype, which need registers for the dtypes that they do not meet.
 template <Kind kind, typename T>
 constexpr int kPack = (sizeof(T) == 8 ? 2 : 8) / (kind == Kind::kAny && sizeof(T) == 4 ? 2 : 1);
 
@@ -82,7 +82,9 @@ SAMKERN_DEVICE void with_storage(const Operand& x, const Body& body) {
 
 // N neighbouring values as they lie in memory. Moved in accesses of 16 bytes, of 8, or one by one.
 template <typename Storage, int N>
-struct alignas(sizeof(Storage) * N % 16 == 0 ? 16 : sizeof(Storage) * N == 8 ? 8 : alignof(Storage)) Raw {
+struct alignas(sizeof(Storage) * N % 16 == 0 ? 16
+               : sizeof(Storage) * N == 8    ? 8
+                                             : alignof(Storage)) Raw {
   Storage values[N];
 };
 

@@ -20,13 +20,13 @@ enum Realised { kMovedSq, kMovedEps, kEpsSq, kNRealised };
 // Norms of one tensor, and its share in the norm that eps is divided by.
 SAMKERN_COLD void fold_phase(const PerturbArgs& args) {
   const PlanView& plan = args.plan;
-  auto add = [&](int32_t t, int lane, int n_lanes, double(&sums)[kCC]) {
+  auto add = [&](int32_t t, int lane, int n_lanes, double (&sums)[kCC]) {
     const ClimbGroup& group = group_of(args.climbs, plan, t);
     add_partials(plan, t, lane, n_lanes, sums);
     const bool filters = climb_for(plan, plan.first, t, &group) == Climb::kFilter;
     if (filters) add_filters(plan, t, group.eta, lane, n_lanes, sums);
   };
-  fold_tensors(plan, add, [&](int32_t t, const double(&sums)[kCC]) {
+  fold_tensors(plan, add, [&](int32_t t, const double (&sums)[kCC]) {
     const ClimbGroup& group = group_of(args.climbs, plan, t);
     const double tt = scalars::weighted_sq(group, sums[kWW], sums[kAA], sums[kTT]);
     plan.sums_of(kAA)[t] = sums[kAA];

@@ -19,7 +19,8 @@ inline Kind kind_of(const PlanView& plan) {
   }
 }
 
-// One launch of all phases where blocks may wait for each other, else one launch a phase. Returns an error text or null.
+// One launch of all phases where blocks may wait for each other, else one launch a phase. Returns an error text or
+// null.
 template <typename Args>
 const char* start(void (*kernel)(Args), Args args, const device::Stream& stream) {
   const int32_t wanted = args.phases;

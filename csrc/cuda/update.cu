@@ -54,10 +54,10 @@ SAMKERN_DEVICE void adam_coeffs(const UpdateArgs& args, int32_t t) {
 template <Base base>
 SAMKERN_COLD void fold_phase(const UpdateArgs& args) {
   const PlanView& plan = args.plan;
-  auto add = [&](int32_t t, int lane, int n_lanes, double(&sums)[kCC]) {
+  auto add = [&](int32_t t, int lane, int n_lanes, double (&sums)[kCC]) {
     if (args.reduces) add_partials(plan, t, lane, n_lanes, sums);
   };
-  fold_tensors(plan, add, [&](int32_t t, const double(&sums)[kCC]) {
+  fold_tensors(plan, add, [&](int32_t t, const double (&sums)[kCC]) {
     for (const Sum s : {kAA, kAB, kBB}) plan.sums_of(s)[t] = sums[s];
     if constexpr (base == Base::kAdam || base == Base::kAdamW) adam_coeffs(args, t);
   });
@@ -84,7 +84,6 @@ SAMKERN_DEVICE Decided decide_without_sums(const UpdateArgs& args) {
 SAMKERN_DEVICE void clear_report(const UpdateArgs& args) {
   if (args.looked || device::block() != 0 || device::thread() != 0) return;
   for (int32_t i = 0; i < kNReport; ++i) args.report[i] = 0;
-  args.report[kRealisedShare] = NAN;
 }
 
 // Everything that depends on all gradients, by every block for itself.
@@ -132,9 +131,8 @@ SAMKERN_DEVICE bool is_saved(const UpdateArgs& args, int32_t t) {
 template <Kind kind>
 SAMKERN_DEVICE void restore_chunk(const PlanView& plan, const Chunk& chunk) {
   const Operand w = plan.w[chunk.tensor], saved = plan.saved[chunk.tensor];
-  for_block<8>(chunk.n, aligned(w) && aligned(saved), [&](auto width, int32_t i) {
-    copy<kind, decltype(width)::value>(w, saved, chunk.at + i);
-  });
+  for_block<8>(chunk.n, aligned(w) && aligned(saved),
+               [&](auto width, int32_t i) { copy<kind, decltype(width)::value>(w, saved, chunk.at + i); });
 }
 
 // The update of one chunk.
@@ -291,9 +289,8 @@ SAMKERN_DEVICE void apply_chunk(const UpdateArgs& args, const Decided& decided, 
     ChunkUpdate<kind_w, kind_g, base, T> update(args, decided, t);
     constexpr bool crowded = kind_w == Kind::kAny && (base == Base::kAdam || base == Base::kAdamW);
     constexpr int pack = crowded ? 2 : kPack<kind_w, T>;  // five operands of any dtype: else registers spill
-    for_block<pack>(chunk.n, update.packed(), [&](auto width, int32_t i) {
-      update.template run<decltype(width)::value>(chunk.at + i);
-    });
+    for_block<pack>(chunk.n, update.packed(),
+                    [&](auto width, int32_t i) { update.template run<decltype(width)::value>(chunk.at + i); });
     if (!decomposes) return;
     double cc[1] = {static_cast<double>(update.cache_sq)};
     block_sum(cc);
@@ -409,8 +406,19 @@ const char* restore(const PlanView& plan, const device::Stream& stream) {
 }
 
 const char* update(const PlanView& plan, const UpdateOptions& options, const device::Stream& stream) {
-  UpdateArgs args{plan, {}, options.mix, options.max_grad_norm, options.report, options.skips, options.looked,
-                  options.check, options.restores, options.hands_over, options.reduces(), kApplyPhase, false};
+  UpdateArgs args{plan,
+                  {},
+                  options.mix,
+                  options.max_grad_norm,
+                  options.report,
+                  options.skips,
+                  options.looked,
+                  options.check,
+                  options.restores,
+                  options.hands_over,
+                  options.reduces(),
+                  kApplyPhase,
+                  false};
   const bool adam = options.base == Base::kAdam || options.base == Base::kAdamW;
   if (options.reduces()) args.phases = kAllPhases;
   if (!options.reduces() && adam) args.phases = kFoldPhase | kApplyPhase;

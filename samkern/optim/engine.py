@@ -265,7 +265,9 @@ class SharpnessAware(OptimizerAround):
     def _make_capturable(self) -> None:
         rule, why = fused_rule(self.base)
         if rule is None:
-            raise ValueError(f"capturable=True needs a fused update: {why}, and whether to step is then asked on the host")
+            raise ValueError(
+                f"capturable=True needs a fused update: {why}, and whether to step is then asked on the host"
+            )
         if (backend := self._keeper.resolved()) == "triton":
             raise ValueError("capturable=True runs on the cuda backend; this optimizer's is triton")
         keys = ("lr", self.key("rho"))
