@@ -49,6 +49,13 @@ def host_and_device(value: float | Tensor) -> tuple[float, Tensor | None]:
     return float(value), None
 
 
+def _require_number(name: str, on_device: Tensor | None) -> None:
+    if on_device is not None:
+        raise ValueError(
+            f"{name} is a tensor on {on_device.device}: the cuda backend takes it, this one needs a number"
+        )
+
+
 class ClimbGroup(NamedTuple):
     """How one param group is perturbed. ``rho = 0``: not at all. ``rho_on_device``, if given, wins over ``rho``."""
 
@@ -60,7 +67,8 @@ class ClimbGroup(NamedTuple):
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        """What the host knows, as a row of a table."""
+        """A row of a table, for backends that take numbers only. Raises ``ValueError`` for a ``rho`` on the GPU."""
+        _require_number("rho", self.rho_on_device)
         return float(self.climb), self.rho, self.eta, self.trust_clip
 
     @property
@@ -93,7 +101,8 @@ class BaseGroup(NamedTuple):
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        """What the host knows, as a row of a table."""
+        """A row of a table, for backends that take numbers only. Raises ``ValueError`` for an ``lr`` on the GPU."""
+        _require_number("lr", self.lr_on_device)
         return (
             self.lr,
             self.weight_decay,

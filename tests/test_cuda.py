@@ -7,6 +7,7 @@ ordering, limits of the hardware, and speed.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -22,6 +23,8 @@ import samkern
 from bench import kernels
 from samkern.backends import load_cuda, native
 from samkern.optim import keeper
+from samkern.options import Base, BaseGroup, Climb, ClimbGroup, MixOptions
+from samkern.plan import Kept
 
 from .lists import BF16, FP16, FP32, FP64, borders_intact, guarded_list, same_bits
 from .methods import BASES, METHODS, MOMENTUM, SAM, base_named, method_named
@@ -242,6 +245,29 @@ def test_more_groups_than_a_launch_carries(emulated):
     opt.step(lambda: [setattr(p, "grad", torch.ones(3, dtype=FP64)) for p in params])
     for i, p in enumerate(params):
         assert torch.allclose(p.detach(), torch.full((3,), 1 - 0.001 * i, dtype=FP64))
+
+
+def test_scalars_on_the_device_win(emulated):
+    """What a captured graph reads: rho and lr from memory, not from the launch."""
+
+    def run(rho, lr):
+        kept = Kept([nn.Parameter(torch.linspace(-1, 1, 50)), nn.Parameter(torch.ones(3, 3))])
+        plan = native.Plan(kept.params, [0, 0], kept.cache_norm, kept.fresh, kept.skips, on_device=True)
+        report = torch.empty(8, dtype=FP64)
+        for p in kept.params:
+            p.grad = torch.full_like(p, 0.5)
+        plan.perturb([ClimbGroup(Climb.EUCLIDEAN, *rho)], True, report)
+        seen = [p.detach().clone() for p in kept.params]
+        for p in kept.params:
+            p.grad = torch.full_like(p, 2.0)
+        plan.update(Base.SGD, [BaseGroup(*lr)], MixOptions(), True, True, 0.0, report)
+        return seen + [p.detach().clone() for p in kept.params]
+
+    tensor = torch.tensor(0.25)
+    on_device = run((math.nan, 0.0, 0.0, tensor), (math.nan, *[0.0] * 7, tensor))
+    assert same_bits(on_device, run((0.25,), (0.25,)))
+    with pytest.raises(ValueError, match="rho must be a float32 tensor of one entry on cpu, got Double"):
+        run((math.nan, 0.0, 0.0, tensor.double()), (0.25,))
 
 
 def test_a_large_tensor_is_folded_by_a_whole_block(emulated):

@@ -98,6 +98,8 @@ def test_the_map_of_the_house_is_the_tree():
     for pattern in (
         "csrc/**/*.h",
         "csrc/**/*.cpp",
+        "csrc/cuda/*.cu",
+        "csrc/cuda/*.cuh",
         "samkern/**/*.py",
         "bench/*.py",
         "tests/oracles",

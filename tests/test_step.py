@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -385,3 +386,28 @@ def test_copies_train_on_alone(backend):
     train(net, opt, range(4, 8))
     assert same_bits(weights(net), weights(twin))
     assert not same_bits(weights(net), halfway)
+
+
+def test_capturable_needs_a_fused_base():
+    """On the CPU it changes nothing: there is no graph to record."""
+    p = nn.Parameter(torch.ones(3))
+    opt = samkern.SAM([p], torch.optim.SGD, lr=0.1, capturable=True)
+    assert opt.param_groups[0]["lr"] == 0.1
+    with pytest.raises(ValueError, match="capturable=True needs a fused update: RMSprop has no fused update"):
+        samkern.SAM([p], torch.optim.RMSprop, lr=0.1, capturable=True)
+
+
+def test_numbers_that_only_a_gpu_knows():
+    """Backends that need numbers refuse tensors, instead of training on NaN."""
+    from samkern.options import BaseGroup, Climb, ClimbGroup, host_and_device
+
+    on_device = torch.ones((), device="meta")
+    number, tensor = host_and_device(on_device)
+    assert math.isnan(number)
+    assert tensor is on_device
+    assert host_and_device(torch.tensor(0.5)) == (0.5, None)
+    assert ClimbGroup(Climb.EUCLIDEAN, number, rho_on_device=tensor).perturbs
+    with pytest.raises(ValueError, match="rho is a tensor on meta"):
+        ClimbGroup(Climb.EUCLIDEAN, number, rho_on_device=tensor).numbers  # noqa: B018
+    with pytest.raises(ValueError, match="lr is a tensor on meta"):
+        BaseGroup(number, lr_on_device=tensor).numbers  # noqa: B018
