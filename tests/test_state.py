@@ -349,8 +349,11 @@ def test_weights_that_are_moved_or_cast_between_steps(name, backend):
     for p in net.parameters():
         p.data = p.data.clone()
     train(net, opt, range(2, 4), torch.float32)
-    net.to(memory_format=torch.channels_last)
+    twin, other = copy.deepcopy((net, opt))
+    net.to(memory_format=torch.channels_last)  # with k = 3, between the step that looked and those that reuse
     train(net, opt, range(4, 6), torch.float32)
+    train(twin, other, range(4, 6), torch.float32)
+    assert torch.allclose(flat(net), flat(twin), atol=1e-5)
     twin, other = copy.deepcopy((net, opt))
     twin.to(memory_format=torch.contiguous_format)
     train(net, opt, range(6, 8), torch.float32)
