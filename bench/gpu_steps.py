@@ -23,7 +23,7 @@ from samkern.backends import resolve
 from . import peers, shapes
 from .harness import RESULTS, device_name
 
-BYTES = {"SAM": 44, "LookSAM look": 56}  # per parameter, fp32: with the check of the second gradient
+BYTES = 44  # of a SAM step per parameter, fp32, with the check of the second gradient
 
 
 def folder(device: torch.device) -> Path:
@@ -104,7 +104,7 @@ def measure(shape_set: shapes.ShapeSet, device: torch.device, rounds: int, repea
     rows = []
     for stepper, times in zip(candidates, spent, strict=True):
         seconds, enqueued = (statistics.median(x) for x in zip(*times[1:], strict=True))
-        rate = BYTES["SAM"] * shape_set.n_params / seconds / 1e9
+        rate = BYTES * shape_set.n_params / seconds / 1e9
         rows.append(
             {
                 "measured": "SAM step",

@@ -307,9 +307,8 @@ class Plan {
   // A copy of the groups on the device, if a launch cannot carry them.
   template <typename Group>
   Tensor table_of(const std::vector<Group>& groups, const Group*& table) const {
-    constexpr size_t kCarried = 64;
-    if (!device_ || groups.size() <= kCarried) return {};
-    TORCH_CHECK(!functions().is_capturing(index()), "a graph cannot be recorded with more than ", kCarried,
+    if (!device_ || groups.size() <= static_cast<size_t>(kCarriedGroups)) return {};
+    TORCH_CHECK(!functions().is_capturing(index()), "a graph cannot be recorded with more than ", kCarriedGroups,
                 " param groups, got ", groups.size());
     const auto n_bytes = static_cast<int64_t>(groups.size() * sizeof(Group));
     Tensor copy = at::from_blob(const_cast<Group*>(groups.data()), {n_bytes}, at::kByte).to(params_[0].device());

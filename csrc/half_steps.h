@@ -5,6 +5,9 @@
 
 namespace samkern {
 
+// Groups that a launch on a GPU carries with it; of more, a copy lies on the device.
+constexpr int32_t kCarriedGroups = 64;
+
 struct PerturbOptions {
   const ClimbGroup* climbs = nullptr;  // [n_groups]
   int32_t n_groups = 0;

@@ -48,7 +48,10 @@ class ReferencePlan:
     def fits(self, groups: list[dict[str, Any]]) -> bool:
         params = [p for group in groups for p in group["params"]]
         same_params = len(params) == len(self._params) and all(map(operator.is_, params, self._params))
-        return same_params and self._layouts == _layouts(params)
+        return same_params and self._layouts_hold()
+
+    def _layouts_hold(self) -> bool:
+        return self._layouts == _layouts(self._params)
 
     def holds(self, state: Mapping[Any, Any]) -> bool:
         return all(map(operator.is_, self._values_of(state), self._bound))

@@ -225,7 +225,7 @@ class TritonPlan(ReferencePlan):
         self._finish()
 
     def _restore_weights(self) -> None:
-        if self._layouts != [(p.dtype, p.device, p.shape, p.stride()) for p in self._params]:
+        if not self._layouts_hold():
             raise RuntimeError(
                 "a parameter changed its dtype, shape or strides while perturbed, and cannot be restored"
             )

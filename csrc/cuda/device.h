@@ -44,7 +44,6 @@ SAMKERN_DEVICE void grid_sync() { cooperative_groups::this_grid().sync(); }
 
 // All 32 lanes must come.
 SAMKERN_DEVICE double shuffle_down(double x, int by) { return __shfl_down_sync(0xffffffffU, x, by); }
-SAMKERN_DEVICE double shuffle_from(double x, int lane) { return __shfl_sync(0xffffffffU, x, lane); }
 
 // N values that the block shares; one array for every type, size and id.
 template <typename T, int N, int id>

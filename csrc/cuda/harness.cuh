@@ -9,6 +9,7 @@
 // number of blocks: no sum depends on who computes it. The last block to finish leaves what may only change after all
 // have read it.
 #pragma once
+#include "../half_steps.h"
 #include "../scalars.h"
 #include "device.h"
 #include "packs.cuh"
@@ -17,19 +18,16 @@ namespace samkern::cuda {
 
 enum Phase : int32_t { kReducePhase = 1, kFoldPhase = 2, kApplyPhase = 4, kAllPhases = 7 };  // a set of bits
 
-// Groups that travel with the launch; of more, the launch carries the address of a table.
-constexpr int kInlineGroups = 64;
-
 template <typename Group>
 struct Groups {
-  const Group* table;  // null: inline_groups
-  Group inline_groups[kInlineGroups];
+  const Group* table;  // null: carried
+  Group carried[kCarriedGroups];
 };
 
 template <typename Group>
 SAMKERN_DEVICE const Group& group_of(const Groups<Group>& groups, const PlanView& plan, int32_t tensor) {
   const int32_t index = plan.group[tensor];
-  return groups.table != nullptr ? groups.table[index] : groups.inline_groups[index];
+  return groups.table != nullptr ? groups.table[index] : groups.carried[index];
 }
 
 struct Chunk {

@@ -152,6 +152,10 @@ SAMKERN_DEVICE void apply_phase(const PerturbArgs& args) {
     args.report[kPerturbNorm] = decided.norm;
     args.report[kSkippedFirst] = decided.finite ? 0 : 1;
     args.report[kSkippedSecond] = 0;
+    if constexpr (kind_w == Kind::kFloat32) {
+      args.report[kRealisedNorm] = 0;
+      args.report[kRealisedShare] = NAN;
+    }
   }
   for (int32_t c = plan.block_begin[device::block() + 1] - 1; c >= plan.block_begin[device::block()]; --c) {
     const Chunk chunk = chunk_at(plan, c);
@@ -164,7 +168,9 @@ SAMKERN_DEVICE void apply_phase(const PerturbArgs& args) {
       perturb_chunk<kind_w, kind_g, decltype(zero)>(args, group, scale, chunk);
     });
   }
-  if (is_last_block(plan)) report_realised(args);
+  if constexpr (kind_w != Kind::kFloat32) {  // there, block 0 has reported that there are no half types
+    if (is_last_block(plan)) report_realised(args);
+  }
 }
 
 template <Kind kind_w, Kind kind_g>

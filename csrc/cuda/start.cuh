@@ -6,8 +6,8 @@ namespace samkern::cuda {
 
 template <typename Group>
 void set_groups(Groups<Group>& groups, const Group* host, const Group* table, int32_t n) {
-  groups.table = n > kInlineGroups ? table : nullptr;
-  for (int32_t i = 0; i < n && n <= kInlineGroups; ++i) groups.inline_groups[i] = host[i];
+  groups.table = n > kCarriedGroups ? table : nullptr;
+  for (int32_t i = 0; i < n && n <= kCarriedGroups; ++i) groups.carried[i] = host[i];
 }
 
 inline Kind kind_of(const PlanView& plan) {
