@@ -29,7 +29,8 @@ using MixTuple =
 const std::vector<std::string> kReportFields = {"grad_norm",     "second_norm",    "update_norm",   "perturb_norm",
                                                 "realised_norm", "realised_share", "skipped_first", "skipped_second"};
 
-std::optional<DeviceFunctions> device_functions;  // as samkern._cuda left them
+// grad_scale, found_inf
+using ScalingTuple = std::tuple<std::optional<Tensor>, std::optional<Tensor>>;
 
 void bump_version(const Tensor& x) {
   if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
@@ -139,7 +140,7 @@ class Plan {
         fresh_(std::move(fresh)),
         skips_(std::move(skips)) {
     tables_.view.fresh = fresh_.mutable_data_ptr<uint8_t>();
-    if (on_device) device_.emplace(tables_, params_[0].device(), functions());
+    if (on_device) device_.emplace(tables_, params_[0].device());
   }
 
   bool perturbed() const { return perturbed_; }
@@ -186,7 +187,7 @@ class Plan {
   // Perturbs the weights and takes the gradients away from the parameters, so that the next backward does not add to
   // them: one native call, so that an interrupt sees either both or neither. With `keep` the gradients stay alive, for
   // a mix that reads them and to be put back by restore().
-  void perturb(const std::vector<ClimbTuple>& climbs, bool keep, const Tensor& report) {
+  void perturb(const std::vector<ClimbTuple>& climbs, bool keep, const Tensor& report, const ScalingTuple& scaling) {
     std::vector<ClimbGroup> groups;
     for (const auto& [climb, rho, eta, trust_clip, on_device] : climbs) {
       groups.push_back({static_cast<Climb>(climb), scalar(rho, on_device, "rho"), eta, trust_clip});
@@ -199,12 +200,13 @@ class Plan {
     bind_saved(groups);
     PerturbOptions options{.climbs = groups.data(),
                            .n_groups = static_cast<int32_t>(groups.size()),
+                           .scaling = scaling_of(scaling),
                            .report = report.mutable_data_ptr<double>()};
     const Tensor table = table_of(groups, options.climb_table);
     {
       py::gil_scoped_release unlocked;
       if (device_) {
-        functions().perturb(device_->upload(plan), options, index());
+        device_functions()->perturb(device_->upload(plan), options, index());
       } else {
         cpu::perturb(plan, options, torch_pool());
       }
@@ -230,7 +232,7 @@ class Plan {
     {
       py::gil_scoped_release unlocked;
       if (device_) {
-        functions().restore(device_->upload(tables_.view), index());
+        device_functions()->restore(device_->upload(tables_.view), index());
       } else {
         cpu::restore(tables_.view, torch_pool());
       }
@@ -240,7 +242,7 @@ class Plan {
   }
 
   void update(int32_t base, const std::vector<BaseTuple>& base_groups, const MixTuple& mix, bool looked, bool check,
-              double max_grad_norm, const Tensor& report) {
+              double max_grad_norm, const Tensor& report, const ScalingTuple& scaling) {
     const auto& [kind, scope, min_sine, alpha] = mix;
     UpdateOptions options;
     options.base = static_cast<Base>(base);
@@ -248,6 +250,7 @@ class Plan {
     options.check = check;
     options.restores = perturbed_;
     options.mix = {static_cast<Mix>(kind), static_cast<Scope>(scope), min_sine, cache_norm_.mutable_data_ptr<double>()};
+    options.scaling = scaling_of(scaling);
     options.max_grad_norm = max_grad_norm;
     options.report = report.mutable_data_ptr<double>();
     options.skips = skips_.mutable_data_ptr<int64_t>();
@@ -261,7 +264,8 @@ class Plan {
     options.groups = groups.data();
     options.n_groups = static_cast<int32_t>(groups.size());
     const Tensor table = table_of(groups, options.group_table);
-    options.hands_over = options.base == Base::kNone && (max_grad_norm > 0 || options.mix.mix == Mix::kReuse);
+    const bool changes_u = max_grad_norm > 0 || options.mix.mix == Mix::kReuse || options.scaling.grad_scale != nullptr;
+    options.hands_over = options.base == Base::kNone && changes_u;
     const bool adam = options.base == Base::kAdam || options.base == Base::kAdamW;
     PlanView& plan = tables_.view;
     copies_.clear();
@@ -276,7 +280,7 @@ class Plan {
     {
       py::gil_scoped_release unlocked;
       if (device_) {
-        functions().update(device_->upload(plan), options, index());
+        device_functions()->update(device_->upload(plan), options, index());
       } else {
         cpu::update(plan, options, torch_pool());
       }
@@ -285,20 +289,24 @@ class Plan {
   }
 
  private:
-  static const DeviceFunctions& functions() {
-    TORCH_CHECK(device_functions.has_value(), "samkern._cuda is not loaded");
-    return *device_functions;
-  }
-
   int index() const { return params_[0].get_device(); }
 
   Scalar scalar(double host, const std::optional<Tensor>& on_device, const char* name) const {
-    if (!on_device) return {host, nullptr};
-    TORCH_CHECK_VALUE(
-        on_device->scalar_type() == at::kFloat && on_device->numel() == 1 && on_device->device() == params_[0].device(),
-        name, " must be a float32 tensor of one entry on ", params_[0].device(), ", got ", on_device->scalar_type(),
-        " ", on_device->sizes(), " on ", on_device->device());
-    return {host, on_device->const_data_ptr<float>()};
+    return {host, device_scalar(on_device, name)};
+  }
+
+  Scaling scaling_of(const ScalingTuple& scaling) const {
+    const auto& [grad_scale, found_inf] = scaling;
+    return {device_scalar(grad_scale, "grad_scale"), device_scalar(found_inf, "found_inf")};
+  }
+
+  // Where a kernel finds the one number of x; null without x.
+  const float* device_scalar(const std::optional<Tensor>& x, const char* name) const {
+    if (!x) return nullptr;
+    TORCH_CHECK_VALUE(x->scalar_type() == at::kFloat && x->numel() == 1 && x->device() == params_[0].device(), name,
+                      " must be a float32 tensor of one entry on ", params_[0].device(), ", got ", x->scalar_type(),
+                      " ", x->sizes(), " on ", x->device());
+    return x->const_data_ptr<float>();
   }
 
   // A number that only the device knows may be positive.
@@ -308,8 +316,8 @@ class Plan {
   template <typename Group>
   Tensor table_of(const std::vector<Group>& groups, const Group*& table) const {
     if (!device_ || groups.size() <= static_cast<size_t>(kCarriedGroups)) return {};
-    TORCH_CHECK(!functions().is_capturing(index()), "a graph cannot be recorded with more than ", kCarriedGroups,
-                " param groups, got ", groups.size());
+    TORCH_CHECK(!device_functions()->is_capturing(index()), "a graph cannot be recorded with more than ",
+                kCarriedGroups, " param groups, got ", groups.size());
     const auto n_bytes = static_cast<int64_t>(groups.size() * sizeof(Group));
     Tensor copy = at::from_blob(const_cast<Group*>(groups.data()), {n_bytes}, at::kByte).to(params_[0].device());
     table = reinterpret_cast<const Group*>(copy.const_data_ptr());
@@ -375,26 +383,12 @@ class Plan {
       }
       row[t] = operand_like(grad, p, copies_);
     }
-    tables_.view.common_dtype = common_dtype(row);
-  }
-
-  // The one dtype of all weights and of the gradients in `row`, for which a GPU has kernels of its own; or -1.
-  int32_t common_dtype(const Operand* row) const {
-    const PlanView& plan = tables_.view;
-    for (size_t t = 0; t < params_.size(); ++t) {
-      const bool same = plan.w[t].dtype == plan.w[0].dtype;
-      if (!same || (row[t].address != nullptr && row[t].dtype != plan.w[0].dtype)) return -1;
-    }
-    return static_cast<int32_t>(plan.w[0].dtype);
   }
 
   void bind_first() {
     for (size_t t = 0; t < params_.size(); ++t) {
       Operand& first = tables_.view.first[t];
       first = first_[t].defined() ? operand_like(first_[t], params_[t], copies_) : Operand{};
-      if (first.address != nullptr && static_cast<int32_t>(first.dtype) != tables_.view.common_dtype) {
-        tables_.view.common_dtype = -1;
-      }
     }
   }
 
@@ -455,7 +449,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("report_fields") = py::tuple(py::cast(samkern::kReportFields));
   m.def("lists_fit", samkern::lists_fit);
   m.def("use_device_functions", [](const py::capsule& functions) {
-    samkern::device_functions = *functions.get_pointer<samkern::DeviceFunctions>();
+    samkern::use_device_functions(*functions.get_pointer<samkern::DeviceFunctions>());
   });
   py::class_<Plan>(m, "Plan")
       .def(py::init<const py::list&, std::vector<int32_t>, at::Tensor, at::Tensor, at::Tensor, bool>(),
@@ -468,7 +462,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("bind_cache", &Plan::bind_cache)
       .def("missing_state", &Plan::missing_state)
       .def("missing_cache", &Plan::missing_cache)
-      .def("perturb", &Plan::perturb)
+      .def("perturb", &Plan::perturb, py::arg("climbs"), py::arg("keep"), py::arg("report"),
+           py::arg("scaling") = samkern::ScalingTuple())
       .def("restore", &Plan::restore)
-      .def("update", &Plan::update);
+      .def("update", &Plan::update, py::arg("base"), py::arg("groups"), py::arg("mix"), py::arg("looked"),
+           py::arg("check"), py::arg("max_grad_norm"), py::arg("report"), py::arg("scaling") = samkern::ScalingTuple());
 }

@@ -50,6 +50,21 @@ void update(const PlanView& plan, const UpdateOptions& options, int device) {
   check(cuda::update(plan, options, stream_of(device)), "update");
 }
 
+void reduce(const PlanView& plan, const ReduceOptions& options, int device) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  check(cuda::reduce(plan, options, stream_of(device)), "reduce");
+}
+
+void perturb_apply(const PlanView& plan, const PerturbOptions& options, int device) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  check(cuda::perturb_apply(plan, options, stream_of(device)), "perturb_apply");
+}
+
+void update_apply(const PlanView& plan, const UpdateOptions& options, const Applied& applied, int device) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  check(cuda::update_apply(plan, options, applied, stream_of(device)), "update_apply");
+}
+
 int n_blocks(int device) { return device::kBlocksPerProcessor * attribute(cudaDevAttrMultiProcessorCount, device); }
 
 bool is_capturing(int device) {
@@ -57,7 +72,8 @@ bool is_capturing(int device) {
   return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
 }
 
-DeviceFunctions functions{perturb, restore, update, n_blocks, is_capturing};
+DeviceFunctions functions{perturb,      restore,  update,       reduce,           perturb_apply,
+                          update_apply, n_blocks, is_capturing, /*on_host=*/false};
 
 }  // namespace
 }  // namespace samkern

@@ -2,12 +2,15 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 namespace samkern {
 
 namespace {
 
 constexpr size_t kAlign = 16;
+
+std::optional<DeviceFunctions> functions;
 
 // Chunks of each block of a grid: runs of about equal work.
 std::vector<int32_t> shares(const PlanView& host, int32_t n_blocks) {
@@ -22,6 +25,10 @@ std::vector<int32_t> shares(const PlanView& host, int32_t n_blocks) {
 
 }  // namespace
 
+const DeviceFunctions* device_functions() { return functions ? &*functions : nullptr; }
+void use_device_functions(const DeviceFunctions& given) { functions = given; }
+bool is_on_device(const at::Tensor& x) { return x.is_cuda() || (functions && functions->on_host); }
+
 template <typename T>
 size_t DeviceTables::reserve(size_t count, const T* values) {
   const size_t at = (image_.size() + kAlign - 1) / kAlign * kAlign;
@@ -30,13 +37,14 @@ size_t DeviceTables::reserve(size_t count, const T* values) {
   return at;
 }
 
-DeviceTables::DeviceTables(const Tables& tables, at::Device device, const DeviceFunctions& functions)
-    : functions_(functions), device_(device), n_tensors_(tables.view.n_tensors) {
+DeviceTables::DeviceTables(const Tables& tables, at::Device device)
+    : device_(device), n_tensors_(tables.view.n_tensors) {
+  TORCH_CHECK(functions.has_value(), "samkern._cuda is not loaded");
   const PlanView& host = tables.view;
   const size_t n = n_tensors_, n_chunks = host.n_chunks, n_filters = tables.n_filters();
-  sent_.assign(kNRows * n, Operand{});
+  sent_.assign(host.w, host.w + kNRows * n);
   view_ = host;
-  view_.n_blocks = std::clamp(functions.n_blocks(device.index()), 1, std::max(1, host.n_chunks));
+  view_.n_blocks = std::clamp(functions->n_blocks(device.index()), 1, std::max(1, host.n_chunks));
   const std::vector<int32_t> begin = shares(host, view_.n_blocks);
 
   const size_t rows = reserve<Operand>(kNRows * n, sent_.data());
@@ -48,7 +56,8 @@ DeviceTables::DeviceTables(const Tables& tables, at::Device device, const Device
   const size_t sums = reserve<double>(kNSums * (n + 1)), coeffs = reserve<double>(kNCoeffs * n);
   const size_t ww = reserve<double>(n_filters), aa = reserve<double>(n_filters);
 
-  memory_ = at::from_blob(image_.data(), {static_cast<int64_t>(image_.size())}, at::kByte).to(device);
+  memory_ = at::empty({static_cast<int64_t>(image_.size())}, at::TensorOptions(at::kByte).device(device));
+  send(0, image_.data(), static_cast<int64_t>(image_.size()));
   auto* base = memory_.mutable_data_ptr<uint8_t>();
   auto place = [&](auto*& field, size_t at) {
     field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(base + at);
@@ -80,25 +89,30 @@ const PlanView& DeviceTables::upload(const PlanView& host) {
   while (begin < end && !differs(rows[begin], sent_[begin])) ++begin;
   while (begin < end && !differs(rows[end - 1], sent_[end - 1])) --end;
   if (begin < end) {
-    TORCH_CHECK(!functions_.is_capturing(device_.index()), "parameter ", begin % n_tensors_,
+    TORCH_CHECK(!functions->is_capturing(device_.index()), "parameter ", begin % n_tensors_,
                 ", its gradient or its state has moved since the last step, and a graph is being recorded, which would "
                 "replay the old address: take some steps before recording, and use zero_grad(set_to_none=False)");
     std::copy(rows + begin, rows + end, sent_.begin() + static_cast<std::ptrdiff_t>(begin));
-    send(begin, end);
+    send(static_cast<int64_t>(begin * sizeof(Operand)), sent_.data() + begin,  // rows come first
+         static_cast<int64_t>((end - begin) * sizeof(Operand)));
   }
   view_.fresh = host.fresh;
-  view_.common_dtype = host.common_dtype;
+  view_.common_dtype = common_dtype(host);
   view_.filter_ww = host.filter_ww != nullptr ? filter_ww_ : nullptr;
   view_.filter_aa = host.filter_aa != nullptr ? filter_aa_ : nullptr;
   return view_;
 }
 
-void DeviceTables::send(size_t begin, size_t end) {
-  const auto n_bytes = static_cast<int64_t>((end - begin) * sizeof(Operand));
+at::Tensor DeviceTables::workspace(const double* begin, int64_t n) const {
+  constexpr int64_t kSize = sizeof(double);
+  const int64_t at = reinterpret_cast<const uint8_t*>(begin) - memory_.const_data_ptr<uint8_t>();
+  return memory_.narrow(0, at, n * kSize).view(at::kDouble);
+}
+
+void DeviceTables::send(int64_t at, const void* from, int64_t n_bytes) {
   // torch's host allocator keeps the staging memory until the copy is done, and then hands it out again.
   at::Tensor staging = at::empty({n_bytes}, at::TensorOptions(at::kByte).pinned_memory(device_.is_cuda()));
-  std::memcpy(staging.mutable_data_ptr<uint8_t>(), sent_.data() + begin, n_bytes);
-  const auto at = static_cast<int64_t>(begin * sizeof(Operand));  // rows come first
+  std::memcpy(staging.mutable_data_ptr<uint8_t>(), from, n_bytes);
   memory_.narrow(0, at, n_bytes).copy_(staging, /*non_blocking=*/true);
 }
 

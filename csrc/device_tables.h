@@ -9,23 +9,32 @@
 
 namespace samkern {
 
+// The GPU kernels as samkern._cuda left them; null before.
+const DeviceFunctions* device_functions();
+void use_device_functions(const DeviceFunctions& functions);
+
+// Whether list ops on x run on these kernels.
+bool is_on_device(const at::Tensor& x);
+
 // One allocation that holds all tables and the workspace. The rows of operands are compared with what was sent last,
 // and only the span that changed is sent, by way of pinned memory; the rest never changes.
 class DeviceTables {
  public:
-  DeviceTables(const Tables& host, at::Device device, const DeviceFunctions& functions);
+  DeviceTables(const Tables& host, at::Device device);
 
   // The host's view with device addresses, up to date in the order of the current stream.
   // Throws while a graph is recorded and an operand has moved: the replays would go on using the old address.
   const PlanView& upload(const PlanView& host);
 
+  // n numbers of the workspace, `begin` being an address of the view's: shares its memory.
+  at::Tensor workspace(const double* begin, int64_t n) const;
+
  private:
   template <typename T>
   size_t reserve(size_t count, const T* values = nullptr);
 
-  void send(size_t begin, size_t end);
+  void send(int64_t at, const void* from, int64_t n_bytes);
 
-  const DeviceFunctions& functions_;
   at::Device device_;
   at::Tensor memory_;
   std::vector<char> image_;    // of what has a value on the host

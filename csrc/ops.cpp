@@ -1,10 +1,14 @@
-// The passes as list ops: schemas that say what they write, and their CPU implementation. Scalars that a reduction
-// computed come in as tensors (float64, one per tensor of the list, or 0-d for all), so that nothing has to be read
-// back. samkern/ops.py checks arguments and has the fakes; what is checked here keeps a direct call from touching
-// foreign memory.
+// The passes as list ops: schemas that say what they write, and their implementation on the CPU and on a GPU. Scalars
+// that a reduction computed come in as tensors (float64, one per tensor of the list, or 0-d for all), so that nothing
+// has to be read back. samkern/ops.py checks arguments and has the fakes; what is checked here keeps a direct call from
+// touching foreign memory.
 #include <torch/library.h>
 
+#include <optional>
+#include <utility>
+
 #include "cpu/launchers.h"
+#include "device_tables.h"
 #include "tables.h"
 
 namespace samkern {
@@ -13,10 +17,14 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-// One call of a list op: tables over its first list, operands bound row by row.
+// One call of a list op: tables over its first list, operands bound row by row, then a pass over them, on the GPU if
+// the lists are there.
 class Call {
  public:
-  explicit Call(TensorList like) : tables_(checked(like), std::vector<int32_t>(like.size(), 0)), like_(like) {}
+  explicit Call(TensorList like)
+      : on_device_(!like.empty() && is_on_device(like[0])),
+        tables_(checked(like), std::vector<int32_t>(like.size(), 0), on_device_ ? kDeviceChunk : kChunk),
+        like_(like) {}
 
   PlanView& view() { return tables_.view; }
   void use_filters() { tables_.use_filters(); }
@@ -30,8 +38,12 @@ class Call {
       TORCH_CHECK_VALUE(same_layout(list[t], like_[t]), name, "[", t, "] is written and must have the strides ",
                         like_[t].strides(), " of the first list's tensor, got ", list[t].strides());
       row[t] = operand(list[t]);
-      if (!list[t].is_inference()) list[t].unsafeGetTensorImpl()->bump_version();
+      bump(list[t]);
     });
+  }
+
+  static void bump(const Tensor& x) {
+    if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
   }
 
   // A coefficient per tensor, from a float64 tensor with one entry or as many as the list.
@@ -39,8 +51,65 @@ class Call {
     const int64_t n = static_cast<int64_t>(like_.size());
     TORCH_CHECK_VALUE(values.scalar_type() == at::kDouble && (values.numel() == 1 || values.numel() == n), name,
                       " must be float64 with 1 or ", n, " entries, got ", values.scalar_type(), " ", values.sizes());
-    const Tensor expanded = values.reshape({-1}).expand({n}).contiguous();
-    std::copy_n(expanded.const_data_ptr<double>(), n, view().coeffs_of(which));
+    check_device(values, name);
+    coeffs_.emplace_back(which, values.reshape({-1}).expand({n}));
+  }
+
+  // A flag per tensor: its momentum buffer has never been written.
+  void fresh(const std::optional<Tensor>& first) {
+    const auto n = static_cast<int64_t>(like_.size());
+    const auto options = n > 0 ? like_[0].options().dtype(at::kByte) : at::TensorOptions(at::kByte);
+    if (first) check_device(*first, "first");
+    // The pass clears it.
+    fresh_ = first ? first->to(at::kByte).reshape({-1}).expand({n}).clone(at::MemoryFormat::Contiguous)
+                   : at::zeros({n}, options);
+    view().fresh = fresh_.mutable_data_ptr<uint8_t>();
+  }
+
+  // A 0-d scalar of the caller's; null if there is none.
+  template <typename T>
+  const T* scalar(const std::optional<Tensor>& x, const char* name) {
+    if (!x) return nullptr;
+    TORCH_CHECK_VALUE(x->scalar_type() == c10::CppTypeToScalarType<T>::value && x->numel() == 1, name, " must be one ",
+                      c10::CppTypeToScalarType<T>::value, ", got ", x->scalar_type(), " ", x->sizes());
+    check_device(*x, name);
+    return x->const_data_ptr<T>();
+  }
+
+  void check_device(const Tensor& x, const char* name) const {
+    TORCH_CHECK_VALUE(like_.empty() || x.device() == like_[0].device(), name, " is on ", x.device(), ", expected ",
+                      like_[0].device());
+  }
+
+  void reduce(const ReduceOptions& options) {
+    if (!on_device_) return cpu::reduce(bound(), options, torch_pool());
+    const PlanView& plan = uploaded();
+    ReduceOptions there = options;
+    there.a = plan.grad + (options.a - view().grad);  // rows lie side by side, here and there
+    if (options.b != nullptr) there.b = plan.grad + (options.b - view().grad);
+    device_functions()->reduce(plan, there, index());
+  }
+
+  void perturb_apply(const PerturbOptions& options) {
+    if (!on_device_) return cpu::perturb_apply(bound(), options, torch_pool());
+    device_functions()->perturb_apply(uploaded(), options, index());
+  }
+
+  void restore() {
+    if (!on_device_) return cpu::restore(bound(), torch_pool());
+    device_functions()->restore(uploaded(), index());
+  }
+
+  void update_apply(const UpdateOptions& options, const Applied& applied = {}) {
+    if (!on_device_) return cpu::update_apply(bound(), options, applied, torch_pool());
+    device_functions()->update_apply(uploaded(), options, applied, index());
+  }
+
+  // Rows of plan.sums from `first` on, as the pass left them.
+  void copy_sums(Sum first, Tensor& to) {
+    const int64_t n = to.numel();
+    if (!on_device_) return static_cast<void>(std::copy_n(view().sums_of(first), n, to.mutable_data_ptr<double>()));
+    to.view(-1).copy_(device_->workspace(device_view_->sums_of(first), n));
   }
 
  private:
@@ -58,13 +127,41 @@ class Call {
     for (int64_t t = 0; t < static_cast<int64_t>(list.size()); ++t) {
       TORCH_CHECK_VALUE(list[t].sizes() == like_[t].sizes(), name, "[", t, "] has shape ", list[t].sizes(),
                         ", expected ", like_[t].sizes());
+      check_device(list[t], name);
       body(t);
     }
   }
 
+  int index() const { return like_[0].get_device(); }
+
+  const PlanView& bound() {
+    for (const auto& [which, values] : coeffs_) {
+      const Tensor flat = values.contiguous();
+      std::copy_n(flat.const_data_ptr<double>(), flat.numel(), view().coeffs_of(which));
+    }
+    coeffs_.clear();
+    return view();
+  }
+
+  // The tables in the memory of the GPU, with everything that has been bound so far.
+  const PlanView& uploaded() {
+    if (!device_) device_.emplace(tables_, like_[0].device());
+    device_view_ = &device_->upload(view());
+    for (const auto& [which, values] : coeffs_) {
+      device_->workspace(device_view_->coeffs_of(which), values.numel()).copy_(values);
+    }
+    coeffs_.clear();
+    return *device_view_;
+  }
+
+  const bool on_device_;
   Tables tables_;
   TensorList like_;
   std::vector<Tensor> copies_;
+  std::vector<std::pair<Coeff, Tensor>> coeffs_;
+  Tensor fresh_;
+  std::optional<DeviceTables> device_;
+  const PlanView* device_view_ = nullptr;
 };
 
 Climb climb_named(c10::string_view name) {
@@ -85,11 +182,10 @@ Tensor norms(TensorList a, TensorList b, TensorList w, c10::string_view weightin
   call.use_filters();
   const ClimbGroup group{climb_named(weighting), {1}, eta, 0};
   TORCH_CHECK_VALUE(group.climb == Climb::kEuclidean || !w.empty(), "weighting ", weighting, " needs w");
-  cpu::reduce(plan, {.a = plan.grad, .b = b.empty() ? nullptr : plan.first, .climbs = &group, .weights = !w.empty()},
-              torch_pool());
+  call.reduce({.a = plan.grad, .b = b.empty() ? nullptr : plan.first, .climbs = &group, .weights = !w.empty()});
   const auto n = static_cast<int64_t>(a.size());
   Tensor sums = at::empty({kCC, n + 1}, a.empty() ? at::TensorOptions(at::kDouble) : a[0].options().dtype(at::kDouble));
-  std::copy_n(plan.sums, kCC * (n + 1), sums.mutable_data_ptr<double>());
+  call.copy_sums(kAA, sums);
   return sums;
 }
 
@@ -107,16 +203,16 @@ void perturb_(TensorList w, TensorList g, TensorList saved, const Tensor& scale,
   call.coefficient(kScale, scale, "scale");
   if (group.climb == Climb::kFilter) {
     call.use_filters();
-    cpu::reduce(plan, {.a = plan.first, .climbs = &group}, torch_pool());
+    call.reduce({.a = plan.first, .climbs = &group});
   }
-  cpu::perturb_apply(plan, {.climbs = &group, .report = nullptr}, torch_pool());
+  call.perturb_apply({.climbs = &group, .n_groups = 1});
 }
 
 void restore_(TensorList w, TensorList saved) {
   Call call(w);
   call.reads(call.view().saved, saved, "saved");
   call.writes(call.view().w, w, "w");
-  cpu::restore(call.view(), torch_pool());
+  call.restore();
 }
 
 void decompose_(TensorList c, TensorList g, TensorList g_s, const Tensor& k, Tensor& cc) {
@@ -131,9 +227,9 @@ void decompose_(TensorList c, TensorList g, TensorList g_s, const Tensor& k, Ten
                     "cc must be contiguous float64 with ", n + 1, " entries, got ", cc.scalar_type(), " ", cc.sizes());
   UpdateOptions options;
   options.mix.mix = Mix::kDecompose;
-  cpu::update_apply(plan, options, {}, torch_pool());
-  std::copy_n(plan.sums_of(kCC), n + 1, cc.mutable_data_ptr<double>());
-  if (!cc.is_inference()) cc.unsafeGetTensorImpl()->bump_version();
+  call.update_apply(options);
+  call.copy_sums(kCC, cc);
+  Call::bump(cc);
 }
 
 // Sets u = A a + B b, and reads A and B.
@@ -154,18 +250,18 @@ void combine_(TensorList u, TensorList a, TensorList b, const Tensor& coeff_a, c
   bind_mix(call, options, b, coeff_a, coeff_b);
   call.writes(call.view().out, u, "u");
   options.hands_over = true;
-  cpu::update_apply(call.view(), options, {}, torch_pool());
+  call.update_apply(options);
 }
 
 // What all base updates share: w from saved, u from its parts, clip factor and skip flag.
-cpu::Applied bind_update(Call& call, UpdateOptions& options, TensorList w, TensorList u, TensorList saved,
-                         TensorList cache, const std::optional<Tensor>& coeff_a, const std::optional<Tensor>& coeff_b,
-                         const std::optional<Tensor>& clip, const std::optional<Tensor>& skip) {
+Applied bind_update(Call& call, UpdateOptions& options, TensorList w, TensorList u, TensorList saved, TensorList cache,
+                    const std::optional<Tensor>& coeff_a, const std::optional<Tensor>& coeff_b,
+                    const std::optional<Tensor>& clip, const std::optional<Tensor>& skip) {
   call.reads(call.view().grad, u, "u");
   if (!saved.empty()) call.reads(call.view().saved, saved, "saved");
   bind_mix(call, options, cache, coeff_a, coeff_b);
   call.writes(call.view().w, w, "w");
-  return {.skip = skip.has_value() && skip->item<bool>(), .clip = clip.has_value() ? clip->item<double>() : 1.0};
+  return {.skip = call.scalar<bool>(skip, "skip"), .clip = call.scalar<double>(clip, "clip")};
 }
 
 void update_sgd_(TensorList w, TensorList u, TensorList momentum_buffer, TensorList saved, TensorList cache,
@@ -178,12 +274,11 @@ void update_sgd_(TensorList w, TensorList u, TensorList momentum_buffer, TensorL
   UpdateOptions options;
   options.base = Base::kSgd;
   options.groups = &group;
-  const cpu::Applied applied = bind_update(call, options, w, u, saved, cache, coeff_a, coeff_b, clip, skip);
+  options.n_groups = 1;
+  const Applied applied = bind_update(call, options, w, u, saved, cache, coeff_a, coeff_b, clip, skip);
   if (momentum != 0) call.writes(call.view().state1, momentum_buffer, "momentum_buffer");
-  const auto n = static_cast<int64_t>(w.size());
-  const Tensor fresh = first ? first->to(at::kByte).reshape({-1}).expand({n}).contiguous() : at::zeros({n}, at::kByte);
-  std::copy_n(fresh.const_data_ptr<uint8_t>(), n, call.view().fresh);
-  cpu::update_apply(call.view(), options, applied, torch_pool());
+  call.fresh(first);
+  call.update_apply(options, applied);
 }
 
 template <Base base>
@@ -197,16 +292,18 @@ void update_adam(TensorList w, TensorList u, TensorList exp_avg, TensorList exp_
   UpdateOptions options;
   options.base = base;
   options.groups = &group;
-  const cpu::Applied applied = bind_update(call, options, w, u, saved, cache, coeff_a, coeff_b, clip, skip);
+  options.n_groups = 1;
+  const Applied applied = bind_update(call, options, w, u, saved, cache, coeff_a, coeff_b, clip, skip);
   call.writes(call.view().state1, exp_avg, "exp_avg");
   call.writes(call.view().state2, exp_avg_sq, "exp_avg_sq");
   TORCH_CHECK_VALUE(step.size() == w.size(), "step has ", step.size(), " tensors, expected ", w.size());
   for (size_t t = 0; t < step.size(); ++t) {
     TORCH_CHECK_VALUE(step[t].numel() == 1, "step[", t, "] must have one entry, got ", step[t].sizes());
+    call.check_device(step[t], "step");
     call.view().step[t] = operand(step[t]);
-    if (!step[t].is_inference()) step[t].unsafeGetTensorImpl()->bump_version();
+    Call::bump(step[t]);
   }
-  cpu::update_apply(call.view(), options, applied, torch_pool());
+  call.update_apply(options, applied);
 }
 
 // Schemas of the base updates share their middle and, for Adam and AdamW, everything.
@@ -234,7 +331,8 @@ TORCH_LIBRARY(samkern, m) {
   m.def("update_adamw_" SAMKERN_ADAM_ARGUMENTS);
 }
 
-TORCH_LIBRARY_IMPL(samkern, CPU, m) {
+// The same functions on the CPU and, with the kernels of samkern._cuda, on a GPU.
+void implement(torch::Library& m) {
   m.impl("norms", norms);
   m.impl("perturb_", perturb_);
   m.impl("restore_", restore_);
@@ -244,5 +342,8 @@ TORCH_LIBRARY_IMPL(samkern, CPU, m) {
   m.impl("update_adam_", update_adam<Base::kAdam>);
   m.impl("update_adamw_", update_adam<Base::kAdamW>);
 }
+
+TORCH_LIBRARY_IMPL(samkern, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(samkern, CUDA, m) { implement(m); }
 
 }  // namespace samkern

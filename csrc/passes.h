@@ -32,10 +32,10 @@ SAMKERN_INLINE T weigh_element(T w, T g, T eta) {
   return (std::abs(w) + eta) * g;
 }
 
-// g_s without its part along g: c = g_s - k g.
+// g_s without its part along g: c = a g_s - k g, where a undoes a loss scale and is 1 otherwise.
 template <typename T>
-SAMKERN_INLINE T project(T g_s, T g, T k) {
-  return g_s - k * g;
+SAMKERN_INLINE T project(T g_s, T g, T a, T k) {
+  return a * g_s - k * g;
 }
 
 // u = A a + B b.
@@ -49,20 +49,20 @@ struct Sgd {
   T lr, weight_decay;
   T momentum;    // what Nesterov's look-ahead uses
   T keep, gain;  // v = keep v + gain d: momentum and 1 - dampening, or 0 and 1 on a tensor's first step
-  T clip;
+  T factor;      // on u: clipping, and what undoes a loss scale
   bool nesterov;
 };
 
 // torch.optim.SGD without momentum.
 template <typename T>
 SAMKERN_INLINE T sgd(T w, T u, const Sgd<T>& o) {
-  return w - o.lr * (o.clip * u + o.weight_decay * w);
+  return w - o.lr * (o.factor * u + o.weight_decay * w);
 }
 
 // torch.optim.SGD: d = u + wd w;  v = mu v + (1 - dampening) d;  w = w - lr v, or w - lr (d + mu v) with Nesterov.
 template <typename T>
 SAMKERN_INLINE T sgd_momentum(T w, T u, T& v, const Sgd<T>& o) {
-  const T d = o.clip * u + o.weight_decay * w;
+  const T d = o.factor * u + o.weight_decay * w;
   v = o.keep * v + o.gain * d;
   return w - o.lr * (o.nesterov ? d + o.momentum * v : v);
 }
@@ -73,14 +73,14 @@ struct Adam {
   T decay;                // decoupled: factor on w, 1 - lr wd
   T gain1, beta2, gain2;  // gain = 1 - beta
   T step_size, bias2;     // lr / (1 - beta1^t), sqrt(1 - beta2^t)
-  T eps, clip;
+  T eps, factor;
 };
 
 // torch.optim.Adam and AdamW (one of weight_decay and decay is neutral):
 // m = m + (1 - beta1) (u - m);  v = beta2 v + (1 - beta2) u^2;  w = w - step_size m / (sqrt(v) / bias2 + eps).
 template <typename T>
 SAMKERN_INLINE T adam(T w, T u, T& m, T& v, const Adam<T>& o) {
-  const T d = o.clip * u + o.weight_decay * w;
+  const T d = o.factor * u + o.weight_decay * w;
   const T decayed = o.decay * w;
   m = m + o.gain1 * (d - m);
   v = o.beta2 * v + o.gain2 * d * d;

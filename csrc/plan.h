@@ -63,7 +63,7 @@ struct PlanView {
   const FilterRun* filter_runs;
   const int32_t* block_begin;  // [n_blocks + 1] chunks of each block of a grid; only on a GPU
   int32_t n_tensors, n_chunks, n_filter_runs, n_blocks;
-  int32_t common_dtype;  // the Dtype of all weights and gradients, or -1
+  int32_t common_dtype;  // the Dtype of all weights and gradients, or -1; only on a GPU
 
   double* partials;    // [n_chunks][kNSums]
   double* sums;        // [kNSums][n_tensors + 1]: per tensor, then over all
@@ -95,6 +95,17 @@ struct Scalar {
 };
 
 SAMKERN_INLINE double value(const Scalar& x) { return x.device != nullptr ? static_cast<double>(*x.device) : x.host; }
+
+// A loss scale, as torch.amp.GradScaler keeps it. Sums, norms and coefficients are those of the unscaled gradients.
+struct Scaling {
+  const float* grad_scale = nullptr;  // gradients are so many times too large
+  const float* found_inf = nullptr;   // not 0: the step is skipped
+};
+
+SAMKERN_INLINE double unscale(const Scaling& x) {
+  return x.grad_scale != nullptr ? 1 / static_cast<double>(*x.grad_scale) : 1;
+}
+SAMKERN_INLINE bool found_inf(const Scaling& x) { return x.found_inf != nullptr && *x.found_inf != 0; }
 
 struct ClimbGroup {
   Climb climb = Climb::kEuclidean;

@@ -21,15 +21,17 @@ SAMKERN_INLINE bool finite(double sum, Dtype dtype) {
 SAMKERN_INLINE double over_squared(double x, double norm_sq) { return norm_sq > 0 ? x / norm_sq : 0; }
 
 // s of one tensor in eps = s * direction. `norm` is norm(T g) over all perturbed tensors; ww, gg are this tensor's.
-SAMKERN_INLINE double climb_scale(const ClimbGroup& group, double ww, double gg, double norm) {
-  const double global = value(group.rho) / (norm + kTiny);
+// A direction that grows with g also takes `unscale`, so that g may be read with its loss scale.
+SAMKERN_INLINE double climb_scale(const ClimbGroup& group, double ww, double gg, double norm, double unscale) {
+  const double global = value(group.rho) / (norm + kTiny) * unscale;
   if (group.climb == Climb::kSign) return value(group.rho);
   if (group.climb == Climb::kLayer) {
     const double t = std::sqrt(ww) + group.eta;
     return global * (t * t);
   }
   if (group.climb == Climb::kLars || group.climb == Climb::kLayerSign) {
-    return gg > 0 ? value(group.rho) * std::sqrt(ww) / (std::sqrt(gg) + kTiny) : 0;
+    const double scale = gg > 0 ? value(group.rho) * std::sqrt(ww) / (std::sqrt(gg) + kTiny) : 0;
+    return group.climb == Climb::kLars ? scale * unscale : scale;
   }
   if (group.climb == Climb::kTrust) {
     const double trust = std::sqrt(ww) / (std::sqrt(gg) + kTiny);

@@ -49,7 +49,8 @@ bool lists_fit(const std::vector<std::vector<at::Tensor>>& lists, size_t n_writt
     if (lists[k].size() != lists[0].size()) return false;
     for (size_t t = 0; t < lists[k].size(); ++t) {
       const at::Tensor &x = lists[k][t], &like = lists[0][t];
-      if (x.layout() != at::kStrided || !x.is_cpu() || !is_supported(x.scalar_type())) return false;
+      if (x.layout() != at::kStrided || x.device() != lists[0][0].device() || !is_supported(x.scalar_type()))
+        return false;
       if (x.sizes() != like.sizes()) return false;
       if (k < n_written && !(x.is_non_overlapping_and_dense() && same_layout(x, like))) return false;
     }
@@ -66,6 +67,15 @@ Operand operand_like(const at::Tensor& x, const at::Tensor& like, std::vector<at
   if (same_layout(x, like)) return operand(x);
   copies.push_back(at::empty_strided(like.sizes(), like.strides(), x.options()).copy_(x));
   return operand(copies.back());
+}
+
+int32_t common_dtype(const PlanView& plan) {
+  for (int32_t t = 0; t < plan.n_tensors; ++t) {
+    const Dtype dtype = plan.w[0].dtype;
+    auto differs = [&](const Operand& x) { return x.address != nullptr && x.dtype != dtype; };
+    if (plan.w[t].dtype != dtype || differs(plan.grad[t]) || differs(plan.first[t])) return -1;
+  }
+  return plan.n_tensors > 0 ? static_cast<int32_t>(plan.w[0].dtype) : -1;
 }
 
 Tables::Tables(at::TensorList like, std::vector<int32_t> group, int64_t chunk)

@@ -19,8 +19,9 @@ bool is_supported(at::ScalarType dtype);
 // Same shape and, where a dimension has more than one entry, same strides: element i of one is element i of the other.
 bool same_layout(const at::Tensor& a, const at::Tensor& b);
 
-// Whether list ops take these lists as they are: equally long, shapes of the first, on the CPU, supported dtypes; those
-// that are written also dense and in the first one's layout. A quick yes; samkern/ops.py finds out what is wrong.
+// Whether list ops take these lists as they are: equally long, shapes of the first, on the device of the first,
+// supported dtypes; those that are written also dense and in the first one's layout. A quick yes; samkern/ops.py finds
+// out what is wrong.
 bool lists_fit(const std::vector<std::vector<at::Tensor>>& lists, size_t n_written);
 
 Operand operand(const at::Tensor& x);
@@ -29,6 +30,9 @@ Operand operand(const at::Tensor& x);
 Operand operand_like(const at::Tensor& x, const at::Tensor& like, std::vector<at::Tensor>& copies);
 
 constexpr size_t kNRows = 9;  // of operands in a PlanView
+
+// The one dtype of all weights and of the gradients that are bound, for which a GPU has kernels of its own; or -1.
+int32_t common_dtype(const PlanView& plan);
 
 class Tables {
  public:

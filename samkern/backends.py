@@ -68,7 +68,7 @@ def _load_extension() -> tuple[ModuleType | None, str]:
 native, _why_native = _load_extension()
 
 
-def load_cuda() -> tuple[bool, str]:
+def _load_cuda() -> tuple[bool, str]:
     """Loads samkern._cuda, which hands its kernels to samkern._C."""
     if native is None:
         return False, "samkern._cuda needs samkern._C, which is not there"
@@ -109,10 +109,30 @@ _BACKENDS = {
     for backend in (
         Backend("reference", True, "plain PyTorch, any device"),
         Backend("cpu", native is not None, _why_native),
-        Backend("cuda", *load_cuda()),
+        Backend("cuda", *_load_cuda()),
         Backend("triton", *_find_triton()),
     )
 }
+_emulated = False
+
+
+@contextlib.contextmanager
+def emulated_cuda(kernels: ModuleType) -> Iterator[None]:
+    """Within the block, backend ``cuda`` runs ``kernels``, the GPU kernels compiled for the CPU, on CPU tensors: for tests.
+
+    ``auto`` never takes it.
+    """
+    global _emulated
+    if native is None:
+        raise NotBuiltError(_why_native)
+    native.use_device_functions(kernels.functions)
+    before = _BACKENDS["cuda"], _emulated
+    _BACKENDS["cuda"], _emulated = Backend("cuda", True, "emulated: CPU tensors only, slowly, for tests"), True
+    try:
+        yield
+    finally:
+        _BACKENDS["cuda"], _emulated = before
+        _load_cuda()
 
 
 def backends() -> dict[str, Backend]:
@@ -177,15 +197,15 @@ def resolve(device: torch.device, requested: str | None = None) -> str:
 
 def _serves(name: str) -> str:
     """The type of device that a backend serves; empty: all."""
-    if name == "triton":
-        return "cpu" if in_interpreter() else "cuda"
-    return {"cpu": "cpu", "cuda": "cuda"}.get(name, "")
+    return {"cpu": "cpu", "cuda": "cpu" if _emulated else "cuda", "triton": "cpu" if in_interpreter() else "cuda"}.get(
+        name, ""
+    )
 
 
 def _is_fast(name: str, device: torch.device) -> bool:
-    """Whether ``auto`` takes it for ``device``. Triton's interpreter is slower than anything."""
-    interpreted = name == "triton" and in_interpreter()
-    return _BACKENDS[name].available and _serves(name) in ("", device.type) and not interpreted
+    """Whether ``auto`` takes it for ``device``. Kernels for GPUs on the CPU are slower than anything."""
+    for_tests = name in ("cuda", "triton") and _serves(name) == "cpu"
+    return _BACKENDS[name].available and _serves(name) in ("", device.type) and not for_tests
 
 
 def info() -> str:

@@ -298,7 +298,7 @@ def _implementation(
     if torch.compiler.is_compiling() or native is None or not native.lists_fit(list(lists.values()), len(writes)):
         _check_lists(lists, writes)
     resolved = resolve(first[0].device, backend) if first else "reference"
-    if resolved != "cpu" or native is None:
+    if resolved not in ("cpu", "cuda") or native is None:
         function: Callable[..., Any] = getattr(reference, name)
         return function
     return _decompose if name == "decompose" else getattr(torch.ops.samkern, _OPS[name])

@@ -86,6 +86,16 @@ class MixOptions(NamedTuple):
     alpha: Sequence[float] = ()
 
 
+class Scaling(NamedTuple):
+    """A loss scale, as ``torch.amp.GradScaler`` keeps it: float32 tensors of one entry on the parameters' device.
+
+    ``grad_scale``: gradients are so many times too large. ``found_inf``: if it is not 0, the step is skipped.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
 class BaseGroup(NamedTuple):
     """Options of a fused base update for one param group. ``lr_on_device``, if given, wins over ``lr``."""
 

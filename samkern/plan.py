@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .backends import native
-from .options import Base, BaseGroup, ClimbGroup, MixOptions
+from .options import Base, BaseGroup, ClimbGroup, MixOptions, Scaling
 from .reference_plan import ReferencePlan
 
 
@@ -88,8 +88,11 @@ class TensorPlan(Protocol):
     def missing_cache(self) -> list[int]:
         """Parameters that have a gradient and no cache. Raises as ``missing_state`` does."""
 
-    def perturb(self, climbs: Sequence[ClimbGroup], keep: bool, report: Tensor) -> None:
-        """First half-step. Takes ``p.grad`` away, and holds on to it if ``keep``. Writes all of ``report``."""
+    def perturb(self, climbs: Sequence[ClimbGroup], keep: bool, report: Tensor, scaling: Scaling = ...) -> None:
+        """First half-step. Takes ``p.grad`` away, and holds on to it if ``keep``. Writes all of ``report``.
+
+        Everything is as if gradients with a loss scale had been divided by it before; they are not written.
+        """
 
     def restore(self) -> None:
         """Undoes ``perturb``: weights bitwise, and gradients if they were kept."""
@@ -103,8 +106,12 @@ class TensorPlan(Protocol):
         check: bool,
         max_grad_norm: float,
         report: Tensor,
+        scaling: Scaling = ...,
     ) -> None:
-        """Second half-step. ``max_grad_norm = 0``: no clipping. Writes all of ``report`` unless ``looked``."""
+        """Second half-step. ``max_grad_norm = 0``: no clipping. Writes all of ``report`` unless ``looked``.
+
+        ``scaling`` is that of both gradients. A step that ``found_inf`` flags is skipped, whatever ``check`` says.
+        """
 
 
 def make_plan(backend: str, params: list[Tensor], group: list[int], kept: Kept) -> TensorPlan:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .options import Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report, Scope
+from .options import Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report, Scaling, Scope
 from .tensors import DTYPES, describe
 
 _DIRECTION = {
@@ -76,10 +76,12 @@ class ReferencePlan:
     def missing_cache(self) -> list[int]:
         return [i for i in self._gradients() if i not in self._cache]
 
-    def perturb(self, climbs: Sequence[ClimbGroup], keep: bool, report: Tensor) -> None:
+    def perturb(
+        self, climbs: Sequence[ClimbGroup], keep: bool, report: Tensor, scaling: Scaling = Scaling()
+    ) -> None:
         grads = self._gradients()
         report.zero_()
-        scale, finite = self._climb_scales(grads, climbs, report)
+        scale, finite = self._climb_scales(grads, climbs, report, scaling)
         scale = torch.where(finite, scale, math.nan)
         chosen = [i for i in grads if climbs[self._group[i]].perturbs]
         self._saved = {i: self._params[i].detach().clone() for i in chosen}
@@ -108,17 +110,21 @@ class ReferencePlan:
         check: bool,
         max_grad_norm: float,
         report: Tensor,
+        scaling: Scaling = Scaling(),
     ) -> None:
         grads = self._gradients()
         if not looked:
             report.zero_()
+        inverse = self._unscale(scaling)
         sums = self._pair_sums(grads, mix.mix)
+        sums *= torch.stack([inverse * inverse, inverse, inverse * 0 + 1])[:, None] if mix.mix == Mix.REUSE else inverse**2
         grad_sq = sums[2] if mix.mix == Mix.DECOMPOSE else sums[0]
         skip = report[Report.SKIPPED_FIRST] != 0
+        bad = self._found_inf(scaling)
         if check:
-            bad = ~reference.finite(grad_sq[:-1], self._params)
-            report[Report.SKIPPED_SECOND if looked else Report.SKIPPED_FIRST] += bad & ~skip
-            skip = skip | bad
+            bad = bad | ~reference.finite(grad_sq[:-1], self._params)
+        report[Report.SKIPPED_SECOND if looked else Report.SKIPPED_FIRST] += bad & ~skip
+        skip = skip | bad
         report[Report.SECOND_NORM if looked else Report.GRAD_NORM] = grad_sq[-1].sqrt()
         coeff = self._mix_coeffs(sums, mix)
         clip = None
@@ -126,9 +132,10 @@ class ReferencePlan:
             report[Report.UPDATE_NORM] = self._update_norm(grads, sums, coeff, mix.mix, grad_sq)
             clip = reference.clip_factor(max_grad_norm, report[Report.UPDATE_NORM])
         if mix.mix == Mix.DECOMPOSE:
-            self._write_cache(grads, coeff, mix, grad_sq, skip)
+            self._write_cache(grads, coeff, mix, grad_sq, skip, inverse)
         self._skips += skip
-        self._step(base, groups, mix.mix, grads, coeff, clip, skip)
+        undone = inverse if scaling.grad_scale is not None else None
+        self._step(base, groups, mix.mix, grads, coeff, clip, skip, undone)
         self._finish()
 
     # ---- the pieces, in the order in which the half-steps use them
@@ -146,8 +153,18 @@ class ReferencePlan:
     def _zeros(self, rows: int) -> Tensor:
         return torch.zeros(rows, len(self._params) + 1, dtype=torch.float64, device=self._cache_norm.device)
 
+    def _unscale(self, scaling: Scaling) -> Tensor:
+        """What undoes the loss scale, in float64."""
+        one = torch.ones((), dtype=torch.float64, device=self._cache_norm.device)
+        return one if scaling.grad_scale is None else one / scaling.grad_scale.double().squeeze()
+
+    def _found_inf(self, scaling: Scaling) -> Tensor:
+        if scaling.found_inf is None:
+            return torch.zeros((), dtype=torch.bool, device=self._cache_norm.device)
+        return scaling.found_inf.squeeze() != 0
+
     def _climb_scales(
-        self, grads: dict[int, Tensor], climbs: Sequence[ClimbGroup], report: Tensor
+        self, grads: dict[int, Tensor], climbs: Sequence[ClimbGroup], report: Tensor, scaling: Scaling
     ) -> tuple[Tensor, Tensor]:
         """Scale of every parameter, and whether all sums are finite."""
         sums = self._zeros(5)
@@ -158,7 +175,8 @@ class ReferencePlan:
             if not group.perturbs:
                 sums[3:, i] = 0
         sums[:, -1] = sums[:, :-1].sum(1)
-        aa, ww, tt = sums[0], sums[3], sums[4]
+        inverse = self._unscale(scaling)
+        aa, ww, tt = sums[0] * inverse**2, sums[3], sums[4] * inverse**2
         norm = tt[-1].sqrt()
         scale = torch.zeros_like(aa)
         for i in grads:
@@ -167,7 +185,10 @@ class ReferencePlan:
                 rho = rho_on_device.double()  # type: ignore[assignment]
             name = climb.name.lower()
             scale[i] = reference.climb_scale(name, rho, ww[i], aa[i], norm, eta=eta, trust_clip=trust_clip)
+            if climb not in (Climb.SIGN, Climb.LAYER_SIGN):  # the others grow with the gradient
+                scale[i] *= inverse
         finite = torch.stack([reference.finite(row[:-1], self._params) for row in (aa, ww, tt)]).all()
+        finite = finite & ~self._found_inf(scaling)
         report[Report.GRAD_NORM], report[Report.PERTURB_NORM] = aa[-1].sqrt(), norm
         report[Report.SKIPPED_FIRST] = (~finite).double()
         return scale, finite
@@ -230,15 +251,15 @@ class ReferencePlan:
         return torch.where(has_grad, terms, 0.0).sum().clamp(min=0).sqrt()
 
     def _write_cache(
-        self, grads: dict[int, Tensor], k: Tensor, mix: MixOptions, second_sq: Tensor, skip: Tensor
+        self, grads: dict[int, Tensor], k: Tensor, mix: MixOptions, second_sq: Tensor, skip: Tensor, inverse: Tensor
     ) -> None:
         cc = self._zeros(1)[0]
         for i, p in enumerate(self._params):
             if i in grads:
                 written = torch.empty_like(self._cache[i])
                 first = self._first.get(i, torch.zeros_like(p))
-                second = grads[i].to(reference.math_dtype(p.dtype))
-                cc[i] = reference.decompose([written], [first], [second], k[i])[0]
+                second = grads[i].to(reference.math_dtype(p.dtype)) * inverse.to(reference.math_dtype(p.dtype))
+                cc[i] = reference.decompose([written], [first], [second], k[i] * inverse)[0]
                 self._cache[i].copy_(torch.where(skip, self._cache[i], written))
             elif i in self._first and i in self._cache:  # no second gradient: nothing to reuse
                 self._cache[i].mul_(skip)
@@ -259,6 +280,7 @@ class ReferencePlan:
         coeff: Tensor,
         clip: Tensor | None,
         skip: Tensor,
+        unscale: Tensor | None,
     ) -> None:
         one = torch.ones((), dtype=torch.float64, device=coeff.device)
         for i, p in enumerate(self._params):
@@ -268,12 +290,14 @@ class ReferencePlan:
             if i not in grads:
                 continue
             cache = [self._cache[i]] if mix == Mix.REUSE and i in self._cache else []
+            # A loss scale is undone by the coefficients if there are any, else by the factor.
+            factor = clip if clip is None or unscale is None else clip * unscale
             parts: reference.Parts = {
                 "saved": saved,
                 "cache": cache,
-                "coeff_a": one,
+                "coeff_a": one if unscale is None else unscale,
                 "coeff_b": coeff[i],
-                "clip": clip,
+                "clip": clip if cache else unscale if clip is None else factor,
                 "skip": skip,
             }
             if base == Base.NONE:

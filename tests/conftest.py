@@ -1,5 +1,6 @@
 """Fixtures of all tests: seeds, and the backends that can run here."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -7,8 +8,26 @@ import torch
 
 import samkern
 
-# Those that serve CPU tensors, which most tests make; test_gpu.py and test_triton.py have the others.
-AVAILABLE = [name for name in ("reference", "cpu") if samkern.backends()[name].available]
+from . import emulator
+
+ON_GPU = torch.cuda.is_available()
+BUILT = [name for name, backend in samkern.backends().items() if backend.available]
+# Without a GPU its kernels run on the CPU, thread by thread. Triton's run in its interpreter if TRITON_INTERPRET=1.
+EMULATED = "cuda" not in BUILT and not emulator.why_not()
+AVAILABLE = [*BUILT, *(["cuda"] if EMULATED else [])]
+
+
+@contextlib.contextmanager
+def on(name):
+    """Tensors are made where backend ``name`` can take them."""
+    if name == "cuda" and EMULATED:
+        with emulator.running():
+            yield name
+    elif ON_GPU and name in ("cuda", "triton"):
+        with torch.device("cuda"):
+            yield name
+    else:
+        yield name
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +39,15 @@ def _seeded():
 
 @pytest.fixture(params=AVAILABLE)
 def backend(request):
-    return request.param
+    with on(request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=[name for name in AVAILABLE if name != "reference"])
+def fast(request):
+    """A backend to compare with the reference."""
+    with on(request.param) as name:
+        yield name
 
 
 def pytest_report_header():
@@ -29,5 +56,7 @@ def pytest_report_header():
 
 def pytest_terminal_summary(terminalreporter):
     for name, backend in samkern.backends().items():
-        if not backend.available:
+        if name not in AVAILABLE:
             terminalreporter.write_line(f"backend {name} was not tested: {backend.why}")
+        elif not backend.available:
+            terminalreporter.write_line(f"backend {name} was tested on the CPU: {backend.why}")

@@ -20,8 +20,16 @@ DeviceFunctions functions{
     [](const PlanView& plan, const PerturbOptions& options, int) { check(cuda::perturb(plan, options, stream())); },
     [](const PlanView& plan, int) { check(cuda::restore(plan, stream())); },
     [](const PlanView& plan, const UpdateOptions& options, int) { check(cuda::update(plan, options, stream())); },
+    [](const PlanView& plan, const ReduceOptions& options, int) { check(cuda::reduce(plan, options, stream())); },
+    [](const PlanView& plan, const PerturbOptions& options, int) {
+      check(cuda::perturb_apply(plan, options, stream()));
+    },
+    [](const PlanView& plan, const UpdateOptions& options, const Applied& applied, int) {
+      check(cuda::update_apply(plan, options, applied, stream()));
+    },
     [](int) { return Machine::get().setting.n_blocks; },
     [](int) { return false; },
+    /*on_host=*/true,
 };
 
 }  // namespace

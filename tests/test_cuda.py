@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,11 +20,11 @@ from torch import nn
 
 import samkern
 from bench import kernels
-from samkern.backends import load_cuda, native
-from samkern.optim import keeper
+from samkern.backends import native
 from samkern.options import Base, BaseGroup, Climb, ClimbGroup, MixOptions
 from samkern.plan import Kept
 
+from . import emulator
 from .lists import BF16, FP16, FP32, FP64, borders_intact, guarded_list, same_bits
 from .methods import BASES, METHODS, MOMENTUM, SAM, base_named, method_named
 
@@ -33,46 +32,15 @@ ROOT = Path(__file__).parent.parent
 CHUNK = 1 << 14  # of the GPU's kernels
 SHAPES = [(5, 3), (), (0,), (CHUNK + 1,), (1,), (7, 4, 3), (CHUNK // 2, 3), (70,)]
 
-pytestmark = pytest.mark.skipif(native is None, reason="samkern._C is not built")
+pytestmark = pytest.mark.skipif(bool(emulator.why_not()), reason=emulator.why_not())
 needs_nvcc = pytest.mark.skipif(kernels.nvcc() is None, reason="nvcc is not on the PATH")
 
 
-@pytest.fixture(scope="session")
-def device(tmp_path_factory):
-    """The module that runs the kernels on the CPU."""
-    pybind11 = pytest.importorskip("pybind11")
-    folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    compiler = os.environ.get("CXX", "g++")
-    include = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"), ROOT / "tests")]
-    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-DSAMKERN_ON_CPU", *include]
-    sources = [*kernels.SOURCES, ROOT / "tests" / "cuda_on_cpu.cpp"]
-
-    def compile_one(source):
-        target = folder / f"{source.stem}.o"
-        subprocess.run([compiler, "-x", "c++", *flags, "-c", str(source), "-o", str(target)], check=True)
-        return str(target)
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
-    library = folder / "cuda_on_cpu.so"
-    subprocess.run([compiler, "-shared", *objects, "-o", str(library)], check=True)
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("cuda_on_cpu", library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def emulated(device, monkeypatch):
+def emulated():
     """Plans of CPU tensors run on the device's kernels; returns how to set up the device."""
-    native.use_device_functions(device.functions)
-    make_plan = keeper.make_plan
-    monkeypatch.setattr(keeper, "make_plan", lambda backend, *rest: make_plan("cuda", *rest))
-    device.configure()
-    yield device.configure
-    load_cuda()
+    with emulator.running() as device, samkern.use_backend("cuda"):
+        yield device.configure
 
 
 def parameters(shapes=SHAPES, dtype=FP32, offset=0):
@@ -110,8 +78,7 @@ def train(opt, params, steps=4, whole=False, missing=()):
 
 
 def on_reference(make, **options):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keeper, "make_plan", lambda backend, *rest: samkern.plan.make_plan("reference", *rest))
+    with samkern.use_backend("reference"):
         return make(**options)
 
 
@@ -280,10 +247,10 @@ def test_a_large_tensor_is_folded_by_a_whole_block(emulated):
     assert close(run(), on_reference(run), FP32)
 
 
-def test_a_deadlock_is_reported(device):
+def test_a_deadlock_is_reported():
     """A grid that was launched in phases must not wait for itself, and the device says so."""
     with pytest.raises(RuntimeError, match="threads wait for ever, the first in block 0, thread 0, at block_sync"):
-        device.run_into_a_deadlock()
+        emulator.load().run_into_a_deadlock()
 
 
 # ---- compiled for GPUs
@@ -295,7 +262,7 @@ def test_a_deadlock_is_reported(device):
 def test_kernels_compile_without_spills(source, architecture):
     """128 registers: two blocks of 256 threads on a processor."""
     found = kernels.measure(source, architecture)
-    assert len(found) == {"perturb": 4, "update": 17}[source.stem]
+    assert len(found) == {"perturb": 4, "reduce": 4, "update": 17}[source.stem]
     for kernel in found:
         assert kernel.spills == 0, kernel
         assert kernel.registers <= 128, kernel

@@ -5,16 +5,12 @@
 
 namespace samkern::cpu {
 
-struct ReduceOptions {
-  const Operand* a = nullptr;
-  const Operand* b = nullptr;          // null: no sums with b
-  const ClimbGroup* climbs = nullptr;  // [n_groups] whose T weighs a in kTT; null: no kTT
-  bool weights = false;                // sum w^2 of every tensor, whether or not its group's climb needs it
-};
-
 // Fills plan.sums, and the tables of filters for groups that climb by filters. An operand without address counts as
 // zero.
 void reduce(const PlanView& plan, const ReduceOptions& options, const Pool& pool);
+
+// Multiplies a row of plan.sums: sums over scaled gradients become those of the gradients.
+void scale_sums(const PlanView& plan, Sum which, double factor);
 
 // Half-step: norms of plan.first, saved = w, w = w + eps for every tensor with an address in plan.saved. A gradient
 // that is not finite leaves w as it is; saved is written all the same, so that the update need not know.
@@ -30,11 +26,6 @@ void restore(const PlanView& plan, const Pool& pool);
 // Half-step: norms of plan.grad, restore, mix, write the cache, clip, base update. Tensors without a gradient are only
 // restored; so are all when the step is skipped.
 void update(const PlanView& plan, const UpdateOptions& options, const Pool& pool);
-
-struct Applied {
-  bool skip = false;
-  double clip = 1;
-};
 
 // The apply phase of update alone: coefficients kProject, kMixA, kMixB in plan.coeffs are the caller's. A written cache
 // leaves its sum of squares in plan.sums[kCC].

@@ -133,16 +133,19 @@ void perturb_apply(const PlanView& plan, const PerturbOptions& options, const Po
 
 void perturb(const PlanView& plan, const PerturbOptions& options, const Pool& pool) {
   reduce(plan, {.a = plan.first, .climbs = options.climbs}, pool);
+  const double inverse = unscale(options.scaling);
+  scale_sums(plan, kAA, inverse * inverse);
+  scale_sums(plan, kTT, inverse * inverse);
   const double *gg = plan.sums_of(kAA), *ww = plan.sums_of(kWW), *tt = plan.sums_of(kTT);
   const int32_t n = plan.n_tensors;
-  bool finite = true;
+  bool finite = !found_inf(options.scaling);
   for (int32_t t = 0; t < n; ++t) {
     const Dtype dtype = plan.w[t].dtype;
     finite = finite && scalars::finite(gg[t], dtype) && scalars::finite(tt[t], dtype) && scalars::finite(ww[t], dtype);
   }
   const double norm = std::sqrt(tt[n]);
   for (int32_t t = 0; t < n; ++t) {
-    const double scale = scalars::climb_scale(options.climbs[plan.group[t]], ww[t], gg[t], norm);
+    const double scale = scalars::climb_scale(options.climbs[plan.group[t]], ww[t], gg[t], norm, inverse);
     plan.coeffs_of(kScale)[t] = finite ? scale : NAN;
   }
   std::fill_n(options.report, static_cast<int>(kNReport), 0.0);

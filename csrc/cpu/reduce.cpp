@@ -148,4 +148,9 @@ void reduce(const PlanView& plan, const ReduceOptions& options, const Pool& pool
   fold(plan, options);
 }
 
+void scale_sums(const PlanView& plan, Sum which, double factor) {
+  double* sums = plan.sums_of(which);
+  for (int32_t t = 0; t <= plan.n_tensors; ++t) sums[t] *= factor;
+}
+
 }  // namespace samkern::cpu

@@ -9,8 +9,8 @@ namespace samkern::cpu {
 namespace {
 
 template <typename T>
-SAMKERN_CLONES void project_range(const T* g_s, const T* g, int64_t n, T k, T* __restrict c) {
-  for (int64_t i = 0; i < n; ++i) c[i] = math::project(g_s[i], g[i], k);
+SAMKERN_CLONES void project_range(const T* g_s, const T* g, int64_t n, T a, T k, T* __restrict c) {
+  for (int64_t i = 0; i < n; ++i) c[i] = math::project(g_s[i], g[i], a, k);
 }
 
 template <typename T>
@@ -46,10 +46,11 @@ SAMKERN_CLONES void adam_range(const T* old, const T* u, int64_t n, const math::
 template <typename T>
 class ChunkUpdate {
  public:
-  ChunkUpdate(const PlanView& plan, const UpdateOptions& options, const Applied& applied, int32_t tensor, bool streamed)
+  ChunkUpdate(const PlanView& plan, const UpdateOptions& options, double factor, int32_t tensor, bool streamed)
       : plan_(plan),
         options_(options),
-        clip_(static_cast<T>(applied.clip)),
+        unscale_(static_cast<T>(unscale(options.scaling))),
+        factor_(static_cast<T>(factor)),
         t_(tensor),
         saved_(options.restores && plan.saved[tensor].address != nullptr),
         streamed_(streamed && saved_) {}
@@ -74,21 +75,24 @@ class ChunkUpdate {
     const Operand& cache = plan_.cache[t_];
     T* c = target(cache, at, mixed_);
     if (plan_.first[t_].address != nullptr) {
-      project_range(g_s, read(plan_.first[t_], at, n, other_), n, coeff(kProject), c);
+      project_range(g_s, read(plan_.first[t_], at, n, other_), n, unscale_, coeff(kProject), c);
     } else {
-      std::copy_n(g_s, n, c);
+      scale_range(g_s, n, unscale_, c);
     }
     write(cache, at, n, c);
     return sum_squares(read(cache, at, n, mixed_), n);
   }
 
   const T* reuse(const T* g, int64_t at, int64_t n) {
-    if (plan_.cache[t_].address == nullptr) return g;
+    if (plan_.cache[t_].address == nullptr) {
+      scale_range(g, n, coeff(kMixA), mixed_);
+      return mixed_;
+    }
     combine_range(g, read(plan_.cache[t_], at, n, other_), n, coeff(kMixA), coeff(kMixB), mixed_);
     return mixed_;
   }
 
-  // Base step on clip * u, from the saved weights if they are perturbed.
+  // Base step on factor * u, from the saved weights if they are perturbed.
   void step(const T* u, int64_t at, int64_t n) {
     const Operand& w = plan_.w[t_];
     const Operand& source = saved_ ? plan_.saved[t_] : w;
@@ -110,7 +114,7 @@ class ChunkUpdate {
 
   void hand_over(const T* u, int64_t at, int64_t n) {
     T* scaled = target(plan_.out[t_], at, new_);
-    scale_range(u, n, clip_, scaled);
+    scale_range(u, n, factor_, scaled);
     write(plan_.out[t_], at, n, scaled);
   }
 
@@ -121,7 +125,7 @@ class ChunkUpdate {
                          .momentum = static_cast<T>(group.momentum),
                          .keep = fresh ? T{0} : static_cast<T>(group.momentum),
                          .gain = fresh ? T{1} : static_cast<T>(1 - group.dampening),
-                         .clip = clip_,
+                         .factor = factor_,
                          .nesterov = group.nesterov};
     if (group.momentum == 0) return sgd_range(old, u, n, o, updated);
     T* v = state(plan_.state1[t_], at, n, state1_);
@@ -139,7 +143,7 @@ class ChunkUpdate {
                           .step_size = coeff(kStepSize),
                           .bias2 = coeff(kBias2),
                           .eps = static_cast<T>(group.eps),
-                          .clip = clip_};
+                          .factor = factor_};
     T* m = state(plan_.state1[t_], at, n, state1_);
     T* v = state(plan_.state2[t_], at, n, state2_);
     adam_range(old, u, n, o, m, v, updated);
@@ -156,7 +160,7 @@ class ChunkUpdate {
 
   const PlanView& plan_;
   const UpdateOptions& options_;
-  const T clip_;
+  const T unscale_, factor_;  // what undoes a loss scale; what u is multiplied by
   const int32_t t_;
   const bool saved_, streamed_;
   T grad_[kBlock], other_[kBlock], mixed_[kBlock], old_[kBlock], new_[kBlock], state1_[kBlock], state2_[kBlock];
@@ -248,16 +252,28 @@ bool finite(const PlanView& plan, const double* sums) {
   return true;
 }
 
-// kProject, or kMixA and kMixB, from the sums over (first, grad) or (grad, cache).
+// Makes sums over gradients with a loss scale those of the gradients.
+void unscale_sums(const PlanView& plan, const UpdateOptions& options) {
+  const double inverse = unscale(options.scaling);
+  if (inverse == 1) return;
+  const bool with_cache = options.mix.mix == Mix::kReuse;
+  scale_sums(plan, kAA, inverse * inverse);
+  scale_sums(plan, kAB, with_cache ? inverse : inverse * inverse);
+  if (!with_cache) scale_sums(plan, kBB, inverse * inverse);
+}
+
+// kProject, or kMixA and kMixB, from the sums over (first, grad) or (grad, cache). They undo a loss scale.
 void mix_coeffs(const PlanView& plan, const UpdateOptions& options) {
   const MixOptions& mix = options.mix;
   const int32_t all = plan.n_tensors;
-  const double *aa = plan.sums_of(kAA), *ab = plan.sums_of(kAB);
+  const double *aa = plan.sums_of(kAA), *ab = plan.sums_of(kAB), inverse = unscale(options.scaling);
   for (int32_t t = 0; t < all; ++t) {
     const int32_t scope = mix.scope == Scope::kGlobal ? all : t;
-    if (mix.mix == Mix::kDecompose) plan.coeffs_of(kProject)[t] = scalars::over_squared(ab[scope], aa[scope]);
+    if (mix.mix == Mix::kDecompose) {
+      plan.coeffs_of(kProject)[t] = scalars::over_squared(ab[scope], aa[scope]) * inverse;
+    }
     if (mix.mix == Mix::kReuse) {
-      plan.coeffs_of(kMixA)[t] = 1;
+      plan.coeffs_of(kMixA)[t] = inverse;
       plan.coeffs_of(kMixB)[t] =
           scalars::reuse_coeff(options.groups[plan.group[t]].alpha, aa[scope], mix.cache_norm[scope]);
     }
@@ -284,10 +300,13 @@ void restore(const PlanView& plan, const Pool& pool) {
 }
 
 void update_apply(const PlanView& plan, const UpdateOptions& options, const Applied& applied, const Pool& pool) {
-  if (applied.skip) {
+  if (applied.skip != nullptr && *applied.skip) {
     if (options.restores) restore(plan, pool);
     return;
   }
+  // A reuse undoes a loss scale by its coefficients.
+  double factor = applied.clip != nullptr ? *applied.clip : 1;
+  if (options.mix.mix != Mix::kReuse) factor *= unscale(options.scaling);
   const bool decomposes = options.mix.mix == Mix::kDecompose;
   if (options.base == Base::kAdam || options.base == Base::kAdamW) advance_steps(plan, options);
   const bool streamed = options.restores && worth_streaming(plan);
@@ -301,7 +320,7 @@ void update_apply(const PlanView& plan, const UpdateOptions& options, const Appl
       return;
     }
     with_math_type(plan.w[t].dtype,
-                   [&](auto zero) { ChunkUpdate<decltype(zero)>(plan, options, applied, t, streamed).run(chunk); });
+                   [&](auto zero) { ChunkUpdate<decltype(zero)>(plan, options, factor, t, streamed).run(chunk); });
   });
   mark_written(plan, options);
   if (decomposes) fold_cache(plan, options.mix.cache_norm);
@@ -317,24 +336,25 @@ void update(const PlanView& plan, const UpdateOptions& options, const Pool& pool
   if (decomposes) wanted = {.a = plan.first, .b = plan.grad};
   if (reuses && clips) wanted.b = plan.cache;
   if (!options.looked) std::fill_n(report, static_cast<int>(kNReport), 0.0);
-  Applied applied{.skip = report[kSkippedFirst] != 0};
+  bool bad = found_inf(options.scaling);
+  double clip = 1;
   if (options.reduces()) {
     reduce(plan, wanted, pool);
+    unscale_sums(plan, options);
     const double* grad_sq = plan.sums_of(decomposes ? kBB : kAA);
-    if (options.check && !finite(plan, grad_sq)) {
-      report[options.looked ? kSkippedSecond : kSkippedFirst] = 1;
-      applied.skip = true;
-    }
+    bad = bad || (options.check && !finite(plan, grad_sq));
     report[options.looked ? kSecondNorm : kGradNorm] = std::sqrt(grad_sq[plan.n_tensors]);
     mix_coeffs(plan, options);
     if (clips) {
       report[kUpdateNorm] = update_norm(plan, mix.mix, grad_sq);
-      applied.clip = scalars::clip_factor(options.max_grad_norm, report[kUpdateNorm]);
+      clip = scalars::clip_factor(options.max_grad_norm, report[kUpdateNorm]);
     }
   }
-  if (applied.skip) ++*options.skips;
-  update_apply(plan, options, applied, pool);
-  if (decomposes && !applied.skip) keep_cache_norms(plan, mix);
+  if (bad && report[kSkippedFirst] == 0) report[options.looked ? kSkippedSecond : kSkippedFirst] = 1;
+  const bool skip = report[kSkippedFirst] != 0 || report[kSkippedSecond] != 0;
+  if (skip) ++*options.skips;
+  update_apply(plan, options, {&skip, &clip}, pool);
+  if (decomposes && !skip) keep_cache_norms(plan, mix);
 }
 
 }  // namespace samkern::cpu

@@ -90,8 +90,9 @@ SAMKERN_DEVICE void block_sum(double (&x)[n]) {
 
 struct Reduction {
   const Operand* a;
-  const Operand* b;  // null: no sums with b
-  bool filters;      // some tensor may climb by filters
+  const Operand* b;      // null: no sums with b
+  bool filters;          // some tensor may climb by filters
+  bool weights = false;  // sum w^2 of every tensor
 };
 
 // What the perturbation needs to know of one tensor; kEuclidean needs nothing beyond sum a^2. `group` may be null.
@@ -111,7 +112,8 @@ SAMKERN_DEVICE void reduce_chunk(const PlanView& plan, const Reduction& what, Cl
   const Operand a = what.a[chunk.tensor], w = plan.w[chunk.tensor];
   const Operand b = what.b != nullptr ? what.b[chunk.tensor] : Operand{};
   const bool has_a = a.address != nullptr, has_b = b.address != nullptr;
-  const bool element = climb == Climb::kElement, needs_w = element || scales_by_weights(climb);
+  const bool element = climb == Climb::kElement, weights = what.weights || scales_by_weights(climb);
+  const bool needs_w = element || weights;
   const bool squares = has_a && climb != Climb::kFilter;  // else the filters' sums are added
   T sums[kCC] = {};
   const int32_t n = squares || has_b || needs_w ? chunk.n : 0;
@@ -125,7 +127,7 @@ SAMKERN_DEVICE void reduce_chunk(const PlanView& plan, const Reduction& what, Cl
       if (squares) sums[kAA] += va[k] * va[k];
       if (has_a && has_b) sums[kAB] += va[k] * vb[k];
       if (has_b) sums[kBB] += vb[k] * vb[k];
-      if (needs_w && !element) sums[kWW] += vw[k] * vw[k];
+      if (weights) sums[kWW] += vw[k] * vw[k];
       if (element) {
         const T weighed = math::weigh_element(vw[k], va[k], static_cast<T>(eta));
         sums[kTT] += weighed * weighed;

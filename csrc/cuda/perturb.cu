@@ -9,7 +9,8 @@ namespace {
 struct PerturbArgs {
   PlanView plan;
   Groups<ClimbGroup> climbs;
-  double* report;
+  Scaling scaling;
+  double* report;  // null: the scales are the caller's, in plan.coeffs
   int32_t phases;
   bool together;  // in one launch
 };
@@ -20,6 +21,7 @@ enum Realised { kMovedSq, kMovedEps, kEpsSq, kNRealised };
 // Norms of one tensor, and its share in the norm that eps is divided by.
 SAMKERN_COLD void fold_phase(const PerturbArgs& args) {
   const PlanView& plan = args.plan;
+  const double inverse_sq = unscale(args.scaling) * unscale(args.scaling);
   auto add = [&](int32_t t, int lane, int n_lanes, double (&sums)[kCC]) {
     const ClimbGroup& group = group_of(args.climbs, plan, t);
     add_partials(plan, t, lane, n_lanes, sums);
@@ -29,9 +31,9 @@ SAMKERN_COLD void fold_phase(const PerturbArgs& args) {
   fold_tensors(plan, add, [&](int32_t t, const double (&sums)[kCC]) {
     const ClimbGroup& group = group_of(args.climbs, plan, t);
     const double tt = scalars::weighted_sq(group, sums[kWW], sums[kAA], sums[kTT]);
-    plan.sums_of(kAA)[t] = sums[kAA];
+    plan.sums_of(kAA)[t] = sums[kAA] * inverse_sq;
     plan.sums_of(kWW)[t] = sums[kWW];
-    plan.sums_of(kTT)[t] = value(group.rho) > 0 ? tt : 0;
+    plan.sums_of(kTT)[t] = value(group.rho) > 0 ? tt * inverse_sq : 0;
   });
 }
 
@@ -40,7 +42,8 @@ struct Decided {
   double grad_norm, norm;
 };
 
-SAMKERN_COLD Decided decide(const PlanView& plan) {
+SAMKERN_COLD Decided decide(const PerturbArgs& args) {
+  const PlanView& plan = args.plan;
   double x[3] = {};
   for (int32_t t = device::thread(); t < plan.n_tensors; t += device::kThreads) {
     const Dtype dtype = plan.w[t].dtype;
@@ -52,7 +55,7 @@ SAMKERN_COLD Decided decide(const PlanView& plan) {
     x[2] += finite ? 0 : 1;
   }
   block_sum(x);
-  return {x[2] == 0, sqrt(x[0]), sqrt(x[1])};
+  return {x[2] == 0 && !found_inf(args.scaling), sqrt(x[0]), sqrt(x[1])};
 }
 
 // Filter-wise: T_f^2 is applied in double and rounded once.
@@ -142,11 +145,20 @@ SAMKERN_COLD void report_realised(const PerturbArgs& args) {
   args.report[kRealisedShare] = sums[kMovedEps] / sums[kEpsSq];  // NaN: nothing was measured
 }
 
+SAMKERN_DEVICE double scale_of(const PerturbArgs& args, const Decided& decided, int32_t t) {
+  const PlanView& plan = args.plan;
+  if (args.report == nullptr) return plan.coeffs_of(kScale)[t];
+  if (!decided.finite) return NAN;
+  const double ww = device::read_shared(plan.sums_of(kWW) + t), gg = device::read_shared(plan.sums_of(kAA) + t);
+  return scalars::climb_scale(group_of(args.climbs, plan, t), ww, gg, decided.norm, unscale(args.scaling));
+}
+
 template <Kind kind_w, Kind kind_g>
 SAMKERN_DEVICE void apply_phase(const PerturbArgs& args) {
   const PlanView& plan = args.plan;
-  const Decided decided = decide(plan);
-  if (device::block() == 0 && device::thread() == 0) {
+  const bool reports = args.report != nullptr;
+  const Decided decided = reports ? decide(args) : Decided{};
+  if (reports && device::block() == 0 && device::thread() == 0) {
     args.report[kGradNorm] = decided.grad_norm;
     args.report[kSecondNorm] = args.report[kUpdateNorm] = 0;
     args.report[kPerturbNorm] = decided.norm;
@@ -161,15 +173,13 @@ SAMKERN_DEVICE void apply_phase(const PerturbArgs& args) {
     const Chunk chunk = chunk_at(plan, c);
     if (plan.saved[chunk.tensor].address == nullptr) continue;
     const ClimbGroup& group = group_of(args.climbs, plan, chunk.tensor);
-    const double ww = device::read_shared(plan.sums_of(kWW) + chunk.tensor);
-    const double gg = device::read_shared(plan.sums_of(kAA) + chunk.tensor);
-    const double scale = decided.finite ? scalars::climb_scale(group, ww, gg, decided.norm) : NAN;
+    const double scale = scale_of(args, decided, chunk.tensor);
     with_math_type<kind_w>(plan.w[chunk.tensor], [&](auto zero) {
       perturb_chunk<kind_w, kind_g, decltype(zero)>(args, group, scale, chunk);
     });
   }
   if constexpr (kind_w != Kind::kFloat32) {  // there, block 0 has reported that there are no half types
-    if (is_last_block(plan)) report_realised(args);
+    if (reports && is_last_block(plan)) report_realised(args);
   }
 }
 
@@ -188,10 +198,9 @@ SAMKERN_KERNEL perturb_kernel(SAMKERN_ARGUMENT PerturbArgs args) {
   if ((args.phases & kApplyPhase) != 0) apply_phase<kind_w, kind_g>(args);
 }
 
-}  // namespace
-
-const char* perturb(const PlanView& plan, const PerturbOptions& options, const device::Stream& stream) {
-  PerturbArgs args{plan, {}, options.report, kAllPhases, false};
+const char* start_perturb(const PlanView& plan, const PerturbOptions& options, int32_t phases,
+                          const device::Stream& stream) {
+  PerturbArgs args{plan, {}, options.scaling, options.report, phases, false};
   set_groups(args.climbs, options.climbs, options.climb_table, options.n_groups);
   switch (kind_of(plan)) {
     case Kind::kFloat32: return start(perturb_kernel<Kind::kFloat32, Kind::kFloat32>, args, stream);
@@ -199,6 +208,16 @@ const char* perturb(const PlanView& plan, const PerturbOptions& options, const d
     case Kind::kFloat16: return start(perturb_kernel<Kind::kFloat16, Kind::kFloat16>, args, stream);
     default: return start(perturb_kernel<Kind::kAny, Kind::kAny>, args, stream);
   }
+}
+
+}  // namespace
+
+const char* perturb(const PlanView& plan, const PerturbOptions& options, const device::Stream& stream) {
+  return start_perturb(plan, options, kAllPhases, stream);
+}
+
+const char* perturb_apply(const PlanView& plan, const PerturbOptions& options, const device::Stream& stream) {
+  return start_perturb(plan, options, kApplyPhase, stream);
 }
 
 }  // namespace samkern::cuda

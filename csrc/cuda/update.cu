@@ -10,9 +10,11 @@ struct UpdateArgs {
   PlanView plan;
   Groups<BaseGroup> groups;
   MixOptions mix;
+  Scaling scaling;
   double max_grad_norm;
-  double* report;
+  double* report;  // null: skip, clip and coefficients are the caller's
   int64_t* skips;
+  Applied applied;
   bool looked, check, restores, hands_over, reduces;
   int32_t phases;
   bool together;  // in one launch
@@ -51,14 +53,18 @@ SAMKERN_DEVICE void adam_coeffs(const UpdateArgs& args, int32_t t) {
   plan.coeffs_of(kBias2)[t] = sqrt(1 - pow(group.beta2, step));
 }
 
+// Sums of one tensor. Those over gradients with a loss scale become those of the gradients.
 template <Base base>
 SAMKERN_COLD void fold_phase(const UpdateArgs& args) {
   const PlanView& plan = args.plan;
+  const double inverse = unscale(args.scaling), of_b = args.mix.mix == Mix::kReuse ? 1 : inverse;
   auto add = [&](int32_t t, int lane, int n_lanes, double (&sums)[kCC]) {
     if (args.reduces) add_partials(plan, t, lane, n_lanes, sums);
   };
   fold_tensors(plan, add, [&](int32_t t, const double (&sums)[kCC]) {
-    for (const Sum s : {kAA, kAB, kBB}) plan.sums_of(s)[t] = sums[s];
+    plan.sums_of(kAA)[t] = sums[kAA] * (inverse * inverse);
+    plan.sums_of(kAB)[t] = sums[kAB] * (inverse * of_b);
+    plan.sums_of(kBB)[t] = sums[kBB] * (of_b * of_b);
     if constexpr (base == Base::kAdam || base == Base::kAdamW) adam_coeffs(args, t);
   });
 }
@@ -69,20 +75,46 @@ struct Decided {
   double aa, ab;  // over all tensors
 };
 
-SAMKERN_DEVICE double mix_b(const UpdateArgs& args, const Decided& decided, int32_t t) {
-  const bool global = args.mix.scope == Scope::kGlobal;
-  const double aa = global ? decided.aa : device::read_shared(args.plan.sums_of(kAA) + t);
-  const double kept = args.mix.cache_norm[global ? args.plan.n_tensors : t];
-  return scalars::reuse_coeff(group_of(args.groups, args.plan, t).alpha, aa, kept);
+// Coefficients of the mix of tensor t, A a + B b or A g_s - B g. They undo a loss scale.
+SAMKERN_DEVICE double mix_a(const UpdateArgs& args, int32_t t) {
+  const bool told = args.report == nullptr && args.mix.mix == Mix::kReuse;
+  return told ? args.plan.coeffs_of(kMixA)[t] : unscale(args.scaling);
 }
 
-// A step that needs no sums: nothing to judge, nothing to clip.
+SAMKERN_DEVICE double mix_b(const UpdateArgs& args, const Decided& decided, int32_t t) {
+  if (args.mix.mix == Mix::kGradient) return 0;
+  const PlanView& plan = args.plan;
+  const bool decomposes = args.mix.mix == Mix::kDecompose, global = args.mix.scope == Scope::kGlobal;
+  if (args.report == nullptr) return plan.coeffs_of(decomposes ? kProject : kMixB)[t];
+  const double aa = global ? decided.aa : device::read_shared(plan.sums_of(kAA) + t);
+  if (decomposes) {
+    const double ab = global ? decided.ab : device::read_shared(plan.sums_of(kAB) + t);
+    return scalars::over_squared(ab, aa) * unscale(args.scaling);
+  }
+  const double kept = args.mix.cache_norm[global ? plan.n_tensors : t];
+  return scalars::reuse_coeff(group_of(args.groups, plan, t).alpha, aa, kept);
+}
+
+// Whether the step is skipped. `bad`: for what this half-step has found; told once.
+SAMKERN_DEVICE bool judge(const UpdateArgs& args, bool bad) {
+  const bool skipped = args.looked && args.report[kSkippedFirst] != 0;
+  if (bad && !skipped && device::block() == 0 && device::thread() == 0) {
+    args.report[args.looked ? kSkippedSecond : kSkippedFirst] = 1;
+  }
+  return skipped || bad;
+}
+
+// A step that needs no sums: nothing to clip, and nothing to judge but what the loss scale's owner found.
 SAMKERN_DEVICE Decided decide_without_sums(const UpdateArgs& args) {
-  return {args.looked && args.report[kSkippedFirst] != 0, 1, 0, 0};
+  return {judge(args, found_inf(args.scaling)), 1, 0, 0};
+}
+
+SAMKERN_DEVICE Decided as_told(const Applied& applied) {
+  return {applied.skip != nullptr && *applied.skip, applied.clip != nullptr ? *applied.clip : 1, 0, 0};
 }
 
 SAMKERN_DEVICE void clear_report(const UpdateArgs& args) {
-  if (args.looked || device::block() != 0 || device::thread() != 0) return;
+  if (args.looked || args.report == nullptr || device::block() != 0 || device::thread() != 0) return;
   for (int32_t i = 0; i < kNReport; ++i) args.report[i] = 0;
 }
 
@@ -100,7 +132,7 @@ SAMKERN_COLD Decided decide(const UpdateArgs& args) {
     x[3] += scalars::finite(grad_sq, plan.w[t].dtype) ? 0 : 1;
   }
   block_sum(x);
-  Decided decided{args.looked && args.report[kSkippedFirst] != 0, 1, x[0], x[1]};
+  Decided decided{judge(args, (args.check && x[3] != 0) || found_inf(args.scaling)), 1, x[0], x[1]};
   double update_sq[1] = {x[2]};
   if (args.max_grad_norm > 0 && reuses) {
     update_sq[0] = 0;
@@ -113,13 +145,10 @@ SAMKERN_COLD Decided decide(const UpdateArgs& args) {
     block_sum(update_sq);
   }
   const double update_norm = sqrt(update_sq[0] > 0 ? update_sq[0] : 0);
-  const bool bad = args.check && x[3] != 0;
-  decided.skip = decided.skip || bad;
   if (args.max_grad_norm > 0) decided.clip = scalars::clip_factor(args.max_grad_norm, update_norm);
   if (device::block() == 0 && device::thread() == 0) {
     args.report[args.looked ? kSecondNorm : kGradNorm] = sqrt(x[2]);
     if (args.max_grad_norm > 0) args.report[kUpdateNorm] = update_norm;
-    if (bad) args.report[args.looked ? kSkippedSecond : kSkippedFirst] = 1;
   }
   return decided;
 }
@@ -144,10 +173,14 @@ struct ChunkUpdate {
   const int32_t t;
   const bool saved;
   const Operand w, source, grad, first, cache, state1, state2, out;
-  const T clip, project, mix;
+  const T factor, coeff_a, coeff_b;
   math::Sgd<T> sgd;
   math::Adam<T> adam;
   T cache_sq = 0;
+
+  // Five operands of any dtype: with the cache's in the same loop, or two doubles of each at a time, registers spill.
+  static constexpr bool crowded = kind_w == Kind::kAny && (base == Base::kAdam || base == Base::kAdamW);
+  static constexpr int pack = crowded ? (sizeof(T) == 8 ? 1 : 2) : kPack<kind_w, T>;
 
   SAMKERN_DEVICE ChunkUpdate(const UpdateArgs& a, const Decided& decided, int32_t tensor)
       : args(a),
@@ -162,10 +195,11 @@ struct ChunkUpdate {
         cache(a.mix.mix != Mix::kGradient ? plan.cache[t] : Operand{}),
         state1(base != Base::kNone && (base != Base::kSgd || group.momentum != 0) ? plan.state1[t] : Operand{}),
         state2(base == Base::kAdam || base == Base::kAdamW ? plan.state2[t] : Operand{}),
-        out(a.hands_over ? plan.out[t] : Operand{}),
-        clip(static_cast<T>(decided.clip)),
-        project(a.mix.mix == Mix::kDecompose ? static_cast<T>(project_coeff(decided)) : T{0}),
-        mix(a.mix.mix == Mix::kReuse ? static_cast<T>(mix_b(a, decided, tensor)) : T{0}) {
+        out(base == Base::kNone && a.hands_over ? plan.out[t] : Operand{}),
+        // A reuse undoes a loss scale by its coefficients.
+        factor(static_cast<T>(a.mix.mix == Mix::kReuse ? decided.clip : decided.clip * unscale(a.scaling))),
+        coeff_a(static_cast<T>(mix_a(a, tensor))),
+        coeff_b(static_cast<T>(mix_b(a, decided, tensor))) {
     const double lr = value(group.lr);
     if constexpr (base == Base::kSgd) {
       const bool fresh = plan.fresh[t] != 0;
@@ -174,7 +208,7 @@ struct ChunkUpdate {
              .momentum = static_cast<T>(group.momentum),
              .keep = fresh ? T{0} : static_cast<T>(group.momentum),
              .gain = fresh ? T{1} : static_cast<T>(1 - group.dampening),
-             .clip = clip,
+             .factor = factor,
              .nesterov = group.nesterov};
     }
     if constexpr (base == Base::kAdam || base == Base::kAdamW) {
@@ -187,15 +221,8 @@ struct ChunkUpdate {
               .step_size = static_cast<T>(device::read_shared(plan.coeffs_of(kStepSize) + t)),
               .bias2 = static_cast<T>(device::read_shared(plan.coeffs_of(kBias2) + t)),
               .eps = static_cast<T>(group.eps),
-              .clip = clip};
+              .factor = factor};
     }
-  }
-
-  SAMKERN_DEVICE double project_coeff(const Decided& decided) const {
-    const bool global = args.mix.scope == Scope::kGlobal;
-    const double aa = global ? decided.aa : device::read_shared(plan.sums_of(kAA) + t);
-    const double ab = global ? decided.ab : device::read_shared(plan.sums_of(kAB) + t);
-    return scalars::over_squared(ab, aa);
   }
 
   SAMKERN_DEVICE bool packed() const {
@@ -207,24 +234,31 @@ struct ChunkUpdate {
   SAMKERN_DEVICE void run(int64_t at) {
     T u[N];
     load<kind_g>(grad, at, u);
-    if (args.mix.mix == Mix::kDecompose) decompose(at, u);
-    if (args.mix.mix == Mix::kReuse && cache.address != nullptr) reuse(at, u);
+    if (!crowded && args.mix.mix == Mix::kDecompose) decompose(at, u);
+    if (args.mix.mix == Mix::kReuse) reuse(at, u);
     if constexpr (base == Base::kNone) {
       if (saved) copy<kind_w, N>(w, source, at);
       if (out.address == nullptr) return;
-      for (int k = 0; k < N; ++k) u[k] = clip * u[k];
+      for (int k = 0; k < N; ++k) u[k] = factor * u[k];
       store<kind_g>(out, at, u);
     } else {
       step(at, u);
     }
   }
 
-  // cache = grad - k first, and the sum of squares of what was stored.
+  template <int N>
+  SAMKERN_DEVICE void decompose_only(int64_t at) {
+    T g_s[N];
+    load<kind_g>(grad, at, g_s);
+    decompose(at, g_s);
+  }
+
+  // cache = a grad - k first, and the sum of squares of what was stored.
   template <int N>
   SAMKERN_DEVICE void decompose(int64_t at, const T (&g_s)[N]) {
     T c[N], g[N] = {};
     if (first.address != nullptr) load<kind_g>(first, at, g);
-    for (int k = 0; k < N; ++k) c[k] = first.address != nullptr ? math::project(g_s[k], g[k], project) : g_s[k];
+    for (int k = 0; k < N; ++k) c[k] = math::project(g_s[k], g[k], coeff_a, coeff_b);
     store<Kind::kAny>(cache, at, c);
     round_to<Kind::kAny>(cache, c, g);
     for (int k = 0; k < N; ++k) cache_sq += g[k] * g[k];
@@ -233,8 +267,12 @@ struct ChunkUpdate {
   template <int N>
   SAMKERN_DEVICE void reuse(int64_t at, T (&u)[N]) {
     T c[N];
+    if (cache.address == nullptr) {
+      for (int k = 0; k < N; ++k) u[k] = coeff_a * u[k];
+      return;
+    }
     load<Kind::kAny>(cache, at, c);
-    for (int k = 0; k < N; ++k) u[k] = math::combine(u[k], c[k], T{1}, mix);
+    for (int k = 0; k < N; ++k) u[k] = math::combine(u[k], c[k], coeff_a, coeff_b);
   }
 
   template <int N>
@@ -287,10 +325,14 @@ SAMKERN_DEVICE void apply_chunk(const UpdateArgs& args, const Decided& decided, 
   with_math_type<kind_w>(plan.w[t], [&](auto zero) {
     using T = decltype(zero);
     ChunkUpdate<kind_w, kind_g, base, T> update(args, decided, t);
-    constexpr bool crowded = kind_w == Kind::kAny && (base == Base::kAdam || base == Base::kAdamW);
-    constexpr int pack = crowded ? 2 : kPack<kind_w, T>;  // five operands of any dtype: else registers spill
-    for_block<pack>(chunk.n, update.packed(),
-                    [&](auto width, int32_t i) { update.template run<decltype(width)::value>(chunk.at + i); });
+    const bool packed = update.packed();
+    if (update.crowded && decomposes) {
+      for_block<update.pack>(chunk.n, packed, [&](auto width, int32_t i) {
+        update.template decompose_only<decltype(width)::value>(chunk.at + i);
+      });
+    }
+    for_block<update.pack>(chunk.n, packed,
+                           [&](auto width, int32_t i) { update.template run<decltype(width)::value>(chunk.at + i); });
     if (!decomposes) return;
     double cc[1] = {static_cast<double>(update.cache_sq)};
     block_sum(cc);
@@ -298,10 +340,10 @@ SAMKERN_DEVICE void apply_chunk(const UpdateArgs& args, const Decided& decided, 
   });
 }
 
-// What the next reuse steps divide by, from the partial sums that apply left. By one block.
+// plan.sums[kCC] from the partial sums that apply left, and what the next reuse steps divide by. By one block.
 SAMKERN_COLD void keep_cache_norms(const UpdateArgs& args) {
   const PlanView& plan = args.plan;
-  double* norm = args.mix.cache_norm;
+  double* norm = args.mix.cache_norm;  // null: only the sums are wanted
   auto cc_of = [&](int32_t t, int lane, int n_lanes) {
     double cc = 0;
     for (int32_t c = plan.first_chunk[t] + lane; c < plan.first_chunk[t + 1]; c += n_lanes) {
@@ -320,15 +362,19 @@ SAMKERN_COLD void keep_cache_norms(const UpdateArgs& args) {
   device::block_sync();
   for (int32_t t = device::thread(); t < plan.n_tensors; t += device::kThreads) {
     const bool written = plan.grad[t].address != nullptr, untouched = !written && plan.first[t].address == nullptr;
-    double sum = untouched ? norm[t] * norm[t] : 0;
+    double sum = untouched && norm != nullptr ? norm[t] * norm[t] : 0;
     if (written) sum = plan.numel[t] < kLargeTensor ? cc_of(t, 0, 1) : cc[t];
+    cc[t] = sum;
+    total[0] += sum;
+    if (norm == nullptr) continue;
     const double second_sq = device::read_shared(plan.sums_of(kBB) + t);
     norm[t] = scalars::kept_cache_norm(sum, second_sq, args.mix.scope == Scope::kTensor ? args.mix.min_sine : 0);
-    total[0] += sum;
     total[1] += second_sq;
   }
   block_sum(total);
   if (device::thread() != 0) return;
+  cc[plan.n_tensors] = total[0];
+  if (norm == nullptr) return;
   const double min_sine = args.mix.scope == Scope::kGlobal ? args.mix.min_sine : 0;
   norm[plan.n_tensors] = scalars::kept_cache_norm(total[0], total[1], min_sine);
 }
@@ -338,7 +384,7 @@ template <Base base>
 SAMKERN_COLD void finish(const UpdateArgs& args, bool skip) {
   const PlanView& plan = args.plan;
   if (skip) {
-    if (device::thread() == 0) ++*args.skips;
+    if (device::thread() == 0 && args.skips != nullptr) ++*args.skips;
     return;
   }
   for (int32_t t = device::thread(); t < plan.n_tensors; t += device::kThreads) {
@@ -359,7 +405,12 @@ template <Kind kind_w, Kind kind_g, Base base>
 SAMKERN_DEVICE void apply_phase(const UpdateArgs& args) {
   const PlanView& plan = args.plan;
   clear_report(args);
-  const Decided decided = args.reduces ? decide(args) : decide_without_sums(args);
+  Decided decided;
+  if (args.report == nullptr) {
+    decided = as_told(args.applied);
+  } else {
+    decided = args.reduces ? decide(args) : decide_without_sums(args);
+  }
   for (int32_t c = plan.block_begin[device::block() + 1] - 1; c >= plan.block_begin[device::block()]; --c) {
     apply_chunk<kind_w, kind_g, base>(args, decided, chunk_at(plan, c));
   }
@@ -397,6 +448,35 @@ const char* start_update(const UpdateArgs& args, const device::Stream& stream) {
   }
 }
 
+const char* start_update(const PlanView& plan, const UpdateOptions& options, const Applied& applied, bool reduces,
+                         const device::Stream& stream) {
+  UpdateArgs args{.plan = plan,
+                  .groups = {},
+                  .mix = options.mix,
+                  .scaling = options.scaling,
+                  .max_grad_norm = options.max_grad_norm,
+                  .report = options.report,
+                  .skips = options.skips,
+                  .applied = applied,
+                  .looked = options.looked,
+                  .check = options.check,
+                  .restores = options.restores,
+                  .hands_over = options.hands_over,
+                  .reduces = reduces,
+                  .phases = kApplyPhase,
+                  .together = false};
+  const bool adam = options.base == Base::kAdam || options.base == Base::kAdamW;
+  if (reduces) args.phases = kAllPhases;
+  if (!reduces && adam) args.phases = kFoldPhase | kApplyPhase;
+  set_groups(args.groups, options.groups, options.group_table, options.n_groups);
+  switch (options.base) {
+    case Base::kSgd: return start_update<Base::kSgd>(args, stream);
+    case Base::kAdam: return start_update<Base::kAdam>(args, stream);
+    case Base::kAdamW: return start_update<Base::kAdamW>(args, stream);
+    default: return start_update<Base::kNone>(args, stream);
+  }
+}
+
 }  // namespace
 
 const char* restore(const PlanView& plan, const device::Stream& stream) {
@@ -406,29 +486,12 @@ const char* restore(const PlanView& plan, const device::Stream& stream) {
 }
 
 const char* update(const PlanView& plan, const UpdateOptions& options, const device::Stream& stream) {
-  UpdateArgs args{plan,
-                  {},
-                  options.mix,
-                  options.max_grad_norm,
-                  options.report,
-                  options.skips,
-                  options.looked,
-                  options.check,
-                  options.restores,
-                  options.hands_over,
-                  options.reduces(),
-                  kApplyPhase,
-                  false};
-  const bool adam = options.base == Base::kAdam || options.base == Base::kAdamW;
-  if (options.reduces()) args.phases = kAllPhases;
-  if (!options.reduces() && adam) args.phases = kFoldPhase | kApplyPhase;
-  set_groups(args.groups, options.groups, options.group_table, options.n_groups);
-  switch (options.base) {
-    case Base::kSgd: return start_update<Base::kSgd>(args, stream);
-    case Base::kAdam: return start_update<Base::kAdam>(args, stream);
-    case Base::kAdamW: return start_update<Base::kAdamW>(args, stream);
-    default: return start_update<Base::kNone>(args, stream);
-  }
+  return start_update(plan, options, {}, options.reduces(), stream);
+}
+
+const char* update_apply(const PlanView& plan, const UpdateOptions& options, const Applied& applied,
+                         const device::Stream& stream) {
+  return start_update(plan, options, applied, false, stream);
 }
 
 }  // namespace samkern::cuda

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..batchnorm import frozen_running_stats
-from ..options import Base, Mix, MixOptions, Report
+from ..options import Base, Mix, MixOptions, Report, Scaling
 from .around import OptimizerAround
 from .base import fused_rule, make_base
 from .checks import at_least, one_of
@@ -90,7 +90,12 @@ class SharpnessAware(OptimizerAround):
     """
 
     # Not pickled or copied: what belongs to the process, or to a step under way.
-    _TRANSIENT = frozenset({"_pending", "_frozen", "last_step"})
+    _TRANSIENT = frozenset({"_pending", "_frozen", "last_step", "grad_scale", "found_inf"})
+
+    # A loss scale and an overflow flag, as torch.amp.GradScaler gives them to optimizers that undo the scale themselves:
+    # float32 tensors of one entry on the parameters' device. Read in both halves of a step.
+    grad_scale: torch.Tensor | None = None
+    found_inf: torch.Tensor | None = None
 
     perturbation: Perturbation
     schedule: Schedule
@@ -214,7 +219,7 @@ class SharpnessAware(OptimizerAround):
         record = StepRecord(looks, 2 if looks else 1, self._has_gradients(), report)
         if looks:
             climbs = [self.perturbation.climb(self.options(group)) for group in self.param_groups]
-            plan.perturb(climbs, keep or self.reuse is not None, report)
+            plan.perturb(climbs, keep or self.reuse is not None, report, self._scaling)
             if self.model is not None:
                 self._frozen.enter_context(frozen_running_stats(self.model))
         self._pending = record
@@ -228,10 +233,16 @@ class SharpnessAware(OptimizerAround):
         rule = self._keeper.prepare(plan, with_cache=mix.mix == Mix.DECOMPOSE)
         options = [rule.group(group) for group in self.param_groups] if rule else ()
         check, clip = self.nonfinite == "skip", self.max_grad_norm or 0.0
-        plan.update(rule.base if rule else Base.NONE, options, mix, record.looked, check, clip, record.report)
+        base = rule.base if rule else Base.NONE
+        plan.update(base, options, mix, record.looked, check, clip, record.report, self._scaling)
         # A foreign step cannot be told by a flag on the device to do nothing: the one host read of a step.
-        if rule is None and record.had_gradients and not (check and record.skipped):
+        judged = check or self.found_inf is not None
+        if rule is None and record.had_gradients and not (judged and record.skipped):
             self.base.step()
+
+    @property
+    def _scaling(self) -> Scaling:
+        return Scaling(self.grad_scale, self.found_inf)
 
     def _finish(self) -> None:
         self._pending = None
