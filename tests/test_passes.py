@@ -1,7 +1,7 @@
 """Every pass on every other backend against the reference.
 
-Bitwise, given the same scalars: the apply phases do the same operations in the same order. Norms agree to 1e-12 (products
-are exact in double, only the order of additions differs), so a scale derived from them is the same float32 number.
+Bitwise, given the same scalars: the apply phases do the same operations in the same order. Norms agree to 1e-12 where
+products are exact in double and only the order of additions differs; the CUDA kernels add up to 32 products in float32.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from samkern import ops, reference
 
-from .conftest import AVAILABLE
 from .lists import (
     BF16,
     CHUNK,
@@ -36,8 +35,6 @@ from .lists import (
     scalar,
 )
 
-FAST = [name for name in AVAILABLE if name != "reference"]
-each_fast = pytest.mark.parametrize("fast", FAST)
 each_shapes = pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 MODES = reference.CLIMBS
@@ -47,7 +44,11 @@ def relative_error(a, b):
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-300))
 
 
-@each_fast
+def sums_error(fast, dtype):
+    """How far sums of a backend may be from the reference's, relatively."""
+    return 3e-7 if fast == "cuda" and dtype != FP64 else 1e-12
+
+
 @each_shapes
 @each_dtype
 def test_norms(fast, shapes, dtype):
@@ -57,10 +58,10 @@ def test_norms(fast, shapes, dtype):
         expected = reference.norms(a, b, w, weighting=weighting, eta=0.01)
         for row, expected_row in zip(sums, expected, strict=True):
             scale = expected[0, -1].sqrt() * expected[2, -1].sqrt()  # ab may cancel
-            assert (row - expected_row).abs().max() <= 1e-12 * max(scale, expected_row.abs().max())
+            error = (row - expected_row).abs().max()
+            assert error <= sums_error(fast, dtype) * max(scale, expected_row.abs().max())
 
 
-@each_fast
 def test_norms_of_part_of_the_lists(fast):
     a, b = random_list([(5,), (70_000,)]), random_list([(5,), (70_000,)])
     only_a, with_b, with_w = (
@@ -73,7 +74,6 @@ def test_norms_of_part_of_the_lists(fast):
     assert torch.equal(with_w[3], with_b[2])
 
 
-@each_fast
 @pytest.mark.parametrize("mode", MODES)
 @each_shapes
 @each_dtype
@@ -82,16 +82,17 @@ def test_perturb(fast, mode, shapes, dtype):
     w_ref, saved, saved_ref = clones(w), poisoned_like(w), poisoned_like(w)
     before = clones(w)
     options = {"rho": 0.3, "mode": mode, "eta": 0.01, "trust_clip": 0.5}
-    sums = ops.perturb(w, g, saved, backend=fast, **options)
     expected = ops.perturb(w_ref, g, saved_ref, backend="reference", **options)
-    assert relative_error(sums, expected) < 1e-12
+    sums = ops.perturb(w, g, saved, backend=fast, **options)
+    assert relative_error(sums, expected) < sums_error(fast, dtype)
+    ops.restore(w, before, backend=fast)
+    ops.perturb(w, g, saved, backend=fast, sums=expected, **options)  # from equal sums, equal bits
     assert same_bits(saved, before)
     assert same_bits(saved_ref, before)
     assert same_bits(w, w_ref) if dtype != FP64 else all(map(partial(torch.allclose, rtol=1e-13, atol=1e-15), w, w_ref))
     assert not same_bits(w, before)
 
 
-@each_fast
 @each_shapes
 @each_dtype
 def test_restore(fast, shapes, dtype):
@@ -104,7 +105,6 @@ def test_restore(fast, shapes, dtype):
     assert same_bits(w, saved)
 
 
-@each_fast
 @each_shapes
 @each_dtype
 @pytest.mark.parametrize("cache_dtype", [FP32, BF16, FP64], ids=dtype_name)
@@ -114,10 +114,9 @@ def test_decompose(fast, shapes, dtype, cache_dtype):
     k = torch.randn(len(g), dtype=FP64)
     cc, cc_ref = ops.decompose(c, g, g_s, k, backend=fast), ops.decompose(c_ref, g, g_s, k, backend="reference")
     assert same_bits(c, c_ref)
-    assert relative_error(cc, cc_ref) < 1e-12
+    assert relative_error(cc, cc_ref) < sums_error(fast, dtype)
 
 
-@each_fast
 @each_shapes
 @each_dtype
 def test_combine(fast, shapes, dtype):
@@ -147,7 +146,6 @@ def update_cases():
     yield "adamw", "update_adamw", 2, {"lr": 0.1, "weight_decay": 0.1, "betas": (0.8, 0.9), "eps": 1e-3}
 
 
-@each_fast
 @each_shapes
 @each_dtype
 @pytest.mark.parametrize(
@@ -175,15 +173,14 @@ def test_update(fast, shapes, dtype, name, n_moments, options, parts):
         assert same_bits(results[0][: len(w)], saved)
 
 
-@each_fast
 @pytest.mark.parametrize("mode", MODES)
 def test_every_dtype_in_one_call(fast, mode):
     """Parameters and gradients of all dtypes, in different orders, so that every pair occurs."""
     shapes = [(70,), (33, 5)] * 8
     w, g = mixed_list(shapes), [torch.randn(shape).to(DTYPES[i // 4]) for i, shape in enumerate(shapes)]
     w_ref, saved = clones(w), poisoned_like(w)
-    ops.perturb(w, g, saved, 0.3, mode=mode, eta=0.1, backend=fast)
-    ops.perturb(w_ref, g, poisoned_like(w), 0.3, mode=mode, eta=0.1, backend="reference")
+    sums = ops.perturb(w_ref, g, poisoned_like(w), 0.3, mode=mode, eta=0.1, backend="reference")
+    ops.perturb(w, g, saved, 0.3, mode=mode, eta=0.1, sums=sums, backend=fast)
     assert all(torch.allclose(a, b, rtol=1e-13, atol=0) for a, b in zip(w, w_ref, strict=True))
     ops.update_sgd(w, g, moments_like(w), lr=0.1, momentum=0.5, saved=saved, backend=fast)
     assert all(torch.isfinite(x).all() for x in w)
@@ -197,7 +194,6 @@ LAYOUTS = {
 }
 
 
-@each_fast
 @pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("mode", MODES)
 def test_dense_layouts(fast, make, mode):
@@ -206,15 +202,14 @@ def test_dense_layouts(fast, make, mode):
     g = [torch.randn(w[0].shape)]
     saved, w_ref = poisoned_like(w), clones(w)
     assert saved[0].stride() == w[0].stride()
-    ops.perturb(w, g, saved, 0.3, mode=mode, eta=0.01, backend=fast)
-    ops.perturb(w_ref, g, poisoned_like(w), 0.3, mode=mode, eta=0.01, backend="reference")
+    sums = ops.perturb(w_ref, g, poisoned_like(w), 0.3, mode=mode, eta=0.01, backend="reference")
+    ops.perturb(w, g, saved, 0.3, mode=mode, eta=0.01, sums=sums, backend=fast)
     assert same_bits(w, w_ref)
     if w[0].stride() != g[0].stride():
         with pytest.raises(ValueError, match=r"saved\[0\] is written: it must be dense with strides"):
             ops.perturb(w, g, [torch.empty(w[0].shape)], backend=fast)
 
 
-@each_fast
 @pytest.mark.parametrize("offset", [0, 1, 3])
 def test_misaligned_views_and_their_borders(fast, offset):
     """Nothing outside of a view is written, wherever it begins."""
@@ -222,15 +217,14 @@ def test_misaligned_views_and_their_borders(fast, offset):
     lists = [guarded_list(random_list(shapes), offset) for _ in range(5)]
     w, g, saved, momentum, cache = (views for views, _ in lists)
     expected = clones(w)
-    ops.perturb(w, g, saved, 0.3, backend=fast)
-    ops.perturb(expected, g, poisoned_like(w), 0.3, backend="reference")
+    sums = ops.perturb(expected, g, poisoned_like(w), 0.3, backend="reference")
+    ops.perturb(w, g, saved, 0.3, sums=sums, backend=fast)
     assert same_bits(w, expected)
     ops.decompose(cache, g, saved, scalar(0.5), backend=fast)
     ops.update_sgd(w, g, momentum, lr=0.1, momentum=0.9, saved=saved, backend=fast)
     assert all(borders_intact(*pair) for pair in lists)
 
 
-@each_fast
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=dtype_name)
 def test_bits_do_not_depend_on_threads(fast, dtype):
     shapes = [(CHUNK * 3 + 17,), (64, 300), (7,), *SHAPES["tiny"]]
@@ -254,7 +248,6 @@ def moments_like_zero(w):
     return [torch.zeros(x.shape) for x in w]
 
 
-@each_fast
 def test_rounding_of_halves_is_torchs(fast):
     """Every bf16 and fp16 value, and float32 values around every rounding border, subnormals and overflow included."""
     for dtype in (BF16, FP16):
@@ -270,7 +263,6 @@ def test_rounding_of_halves_is_torchs(fast):
         assert same_bits([out], [spread.to(dtype)])
 
 
-@each_fast
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 2e19])
 def test_a_bad_gradient_leaves_weights_alone(fast, value):
     """2e19: its square overflows float32, which counts as infinite on every backend."""
@@ -283,7 +275,6 @@ def test_a_bad_gradient_leaves_weights_alone(fast, value):
         assert same_bits(saved, before)
 
 
-@each_fast
 def test_versions_are_bumped(fast):
     """Autograd must notice that a tensor it saved has been written."""
     w = [torch.ones(3, requires_grad=True)]
@@ -298,8 +289,7 @@ def test_versions_are_bumped(fast):
     assert all(x._version > before for x, before in zip((*u, *state), versions, strict=True))
 
 
-@each_fast
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shapes=st.lists(
         st.one_of(
@@ -321,8 +311,8 @@ def test_any_lists(fast, shapes, dtypes, mode, rho, offset, seed):
     plain = [torch.randn(shape).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
     w, buffers = guarded_list(plain, offset)
     g, saved, expected = [torch.randn_like(x) for x in w], poisoned_like(w), clones(w)
-    ops.perturb(w, g, saved, rho, mode=mode, eta=0.01, backend=fast)
-    ops.perturb(expected, g, poisoned_like(w), rho, mode=mode, eta=0.01, backend="reference")
+    sums = ops.perturb(expected, g, poisoned_like(w), rho, mode=mode, eta=0.01, backend="reference")
+    ops.perturb(w, g, saved, rho, mode=mode, eta=0.01, sums=sums, backend=fast)
     assert same_bits(saved, plain)
     assert all(torch.allclose(a, b, rtol=1e-13, atol=1e-15) for a, b in zip(w, expected, strict=True))
     assert borders_intact(w, buffers)
