@@ -43,6 +43,7 @@ class Machine {
   template <typename Body>
   void run(int n_blocks, bool together, const Body& body) {
     random_.seed(setting.seed);
+    without_ = {setting.without == "block_sync", setting.without == "grid_sync", setting.without == "shuffle"};
     together_ = together;
     n_blocks_ = n_blocks;
     blocks_.assign(n_blocks, {});
@@ -77,12 +78,12 @@ class Machine {
   int n_blocks() const { return n_blocks_; }
 
   void block_sync() {
-    if (setting.without != "block_sync") wait(blocks_[block()].barrier, kThreads, "block_sync");
+    if (!without_.block_sync) wait(blocks_[block()].barrier, kThreads, "block_sync");
   }
 
   void grid_sync() {
     if (!together_) return fail("grid_sync in a grid that was not launched together");
-    if (setting.without != "grid_sync") wait(grid_, n_blocks_ * kThreads, "grid_sync");
+    if (!without_.grid_sync) wait(grid_, n_blocks_ * kThreads, "grid_sync");
   }
 
   // Values of the warp's lanes, by turns in two rows: who is at the next but one shuffle knows that all have read this
@@ -91,7 +92,7 @@ class Machine {
     Warp& warp = blocks_[block()].warps[thread() / kWarp];
     double* row = warp.values[current_->shuffles++ % 2];
     row[thread() % kWarp] = x;
-    if (setting.without != "shuffle") wait(warp.barrier, kWarp, "shuffle");
+    if (!without_.shuffle) wait(warp.barrier, kWarp, "shuffle");
     return from < kWarp ? row[from] : x;
   }
 
@@ -129,14 +130,16 @@ class Machine {
     jmp_buf place;
     int index = 0;
     unsigned shuffles = 0;
-    bool started = false, finished = false;
+    bool started = false, finished = false;  // a fiber that has finished can be resumed: it begins anew
     const char* waits_for = nullptr;
 
     void prepare(int i) {
       index = i;
       shuffles = 0;
-      started = finished = false;
+      started = started && finished;  // one that an error left in the middle starts from nothing
+      finished = false;
       waits_for = nullptr;
+      if (started) return;
       getcontext(&start);
       start.uc_stack.ss_sp = stack.get();
       start.uc_stack.ss_size = kStack;
@@ -153,9 +156,11 @@ class Machine {
 
   static void enter() {
     Machine& machine = get();
-    machine.body_(machine.context_);
-    machine.current_->finished = true;
-    _longjmp(machine.scheduler_, 1);
+    for (;;) {
+      machine.body_(machine.context_);
+      machine.current_->finished = true;
+      if (_setjmp(machine.current_->place) == 0) _longjmp(machine.scheduler_, 1);
+    }
   }
 
   void wait(Barrier& barrier, int n, const char* what) {
@@ -181,7 +186,12 @@ class Machine {
            ", thread " + std::to_string(first % kThreads) + ", at " + fibers_[first]->waits_for;
   }
 
+  struct Without {
+    bool block_sync, grid_sync, shuffle;
+  };
+
   std::mt19937_64 random_;
+  Without without_{};
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<int> ready_;
   std::vector<Block> blocks_;

@@ -11,7 +11,6 @@ import math
 import pytest
 import torch
 from torch import nn
-from triton.runtime import interpreter
 
 import samkern
 from samkern import reference
@@ -36,20 +35,6 @@ from .lists import (
     same_bits,
 )
 from .methods import BASES, METHODS, MOMENTUM, base_named, method_named
-
-
-def _repair_ranges():
-    """``range`` over a tensor in Triton 3.6: it converts an array of one entry, which NumPy refuses since 2.4."""
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, *args):
-        patch(tensor, *args)
-        tensor.__index__ = lambda self: int(self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patched
-
-
-_repair_ranges()
 
 HALVES = [FP32, BF16, FP16]
 each_climb = pytest.mark.parametrize("climb", list(Climb), ids=lambda climb: climb.name.lower())
