@@ -96,6 +96,9 @@ class Scaling(NamedTuple):
     found_inf: Tensor | None = None
 
 
+UNSCALED = Scaling()
+
+
 class BaseGroup(NamedTuple):
     """Options of a fused base update for one param group. ``lr_on_device``, if given, wins over ``lr``."""
 

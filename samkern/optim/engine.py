@@ -23,7 +23,7 @@ from ..batchnorm import frozen_running_stats
 from ..options import Base, Mix, MixOptions, Report, Scaling
 from .around import OptimizerAround
 from .base import fused_rule, make_base
-from .checks import at_least, one_of
+from .checks import at_least, one_number_on, one_of
 from .explain import explain
 from .keeper import PlanKeeper, parameters_of
 from .perturbation import Euclidean, Perturbation
@@ -242,6 +242,8 @@ class SharpnessAware(OptimizerAround):
 
     @property
     def _scaling(self) -> Scaling:
+        for name in Scaling._fields:
+            one_number_on(name, getattr(self, name), self._keeper.kept.skips.device)
         return Scaling(self.grad_scale, self.found_inf)
 
     def _finish(self) -> None:
