@@ -17,10 +17,14 @@ def parameters(dtype=FP32):
 
 
 def train(opt, params, factor, steps=5, missing=()):
-    """Steps on random gradients times ``factor``; parameter i has none in evaluation j for (i, j) in ``missing``."""
-    generator, n = seeded(1), [0]
+    """Steps on random gradients times ``factor``; parameter i has none in evaluation j for (i, j) in ``missing``.
+
+    Returns where the gradients were taken.
+    """
+    generator, n, seen = seeded(1), [0], []
 
     def closure():
+        seen.extend(p.detach().clone() for p in params)
         for i, p in enumerate(params):
             grad = torch.randn(p.shape, generator=generator).to(p.dtype) * factor
             p.grad = None if (i, n[0]) in missing else grad
@@ -28,6 +32,7 @@ def train(opt, params, factor, steps=5, missing=()):
 
     for _ in range(steps):
         opt.step(closure)
+    return seen
 
 
 def everything(opt, params):
@@ -42,8 +47,8 @@ def run(method, base, backend, scale, dtype=FP32, missing=((0, 1), (3, 0), (1, 4
     opt = method.make(params, base, backend=backend, **options)
     if scale is not None:
         opt.grad_scale = torch.tensor(float(scale))
-    train(opt, params, scale or 1, missing=missing)
-    return everything(opt, params), opt.last_step
+    seen = train(opt, params, scale or 1, missing=missing)
+    return [*everything(opt, params), *seen], opt.last_step
 
 
 @each_method
