@@ -28,6 +28,7 @@ struct Setting {
   int n_blocks = 3;
   bool one_launch = true;
   std::string without;
+  bool capturing = false;  // what the launcher's caller is told of its stream
 };
 
 class Machine {
@@ -38,6 +39,7 @@ class Machine {
   }
 
   Setting setting;
+  int n_launches = 0;
 
   // Runs body() in every thread of n_blocks blocks until all are done.
   template <typename Body>
@@ -263,6 +265,7 @@ inline uint16_t float_to_half(float value) {
 template <typename Args>
 const char* launch(void (*kernel)(Args), const Args& args, int n_blocks, bool together, const Stream&) {
   static std::string error;
+  ++Machine::get().n_launches;
   try {
     Machine::get().run(n_blocks, together, [&] { kernel(args); });
   } catch (const std::runtime_error& failure) {

@@ -20,12 +20,13 @@ from torch import nn
 
 import samkern
 from bench import kernels
+from samkern import ops
 from samkern.backends import native
 from samkern.options import Base, BaseGroup, Climb, ClimbGroup, MixOptions
 from samkern.plan import Kept
 
 from . import emulator
-from .lists import BF16, FP16, FP32, FP64, borders_intact, guarded_list, same_bits
+from .lists import BF16, FP16, FP32, FP64, borders_intact, guarded_list, random_list, same_bits, scalar
 from .methods import BASES, METHODS, MOMENTUM, SAM, base_named, method_named
 
 ROOT = Path(__file__).parent.parent
@@ -235,6 +236,77 @@ def test_scalars_on_the_device_win(emulated):
     assert same_bits(on_device, run((0.25,), (0.25,)))
     with pytest.raises(ValueError, match="rho must be a float32 tensor of one entry on cpu, got Double"):
         run((math.nan, 0.0, 0.0, tensor.double()), (0.25,))
+
+
+@pytest.mark.parametrize("name", ["SAM", "ASAM_filter", "LookSAM_tensor", "LookLayerSAM_trust"])
+@pytest.mark.parametrize("base", ["SGD", "AdamW"])
+def test_a_half_step_is_one_launch(name, base, emulated):
+    params, _ = parameters(dtype="mixed")
+    opt, take = method_named(name).make(params, base_named(base)), emulator.load().take_launches
+    for looks in (True, name != "LookSAM_tensor" and not name.startswith("LookLayer")):
+        for half in (opt.first_step, opt.second_step):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            take()
+            half()
+            assert take() == (0 if half == opt.first_step and not looks else 1)
+
+
+def test_a_pass_is_one_launch(emulated):
+    w, g, out = (random_list([(40, 3), (), (0,), (CHUNK + 1,)]) for _ in range(3))
+    one, take = scalar(1), emulator.load().take_launches
+    passes = {
+        "norms": lambda: ops.norms(w, g, out, weighting="filter", eta=0.1),
+        "restore": lambda: ops.restore(w, g),
+        "decompose": lambda: ops.decompose(out, g, w, one),
+        "combine": lambda: ops.combine(out, g, w, one, one),
+        "update_sgd": lambda: ops.update_sgd(w, g, out, lr=0.1, momentum=0.9),
+        "update_adam": lambda: ops.update_adam(w, g, out, [x.abs() for x in g], [torch.zeros(()) for _ in w], lr=0.1),
+    }
+    for name, run in passes.items():
+        take()
+        run()
+        assert take() == 1, name
+    sums = ops.norms(g, (), w)
+    take()
+    ops.perturb(w, g, out, sums=sums)
+    assert take() == 1
+
+
+def test_what_has_moved_is_not_recorded(emulated):
+    """A graph would replay the old address. The step is undone, and works again once nothing is recorded."""
+    params, _ = parameters()
+    opt = method_named("SAM").make(params, MOMENTUM)
+    grads = [torch.ones_like(p) for p in params]
+
+    def step(grads):
+        for half in (opt.first_step, opt.second_step):
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+            half()
+
+    step(grads)
+    emulated(capturing=True)
+    step(grads)  # nothing has moved
+    before = [p.detach().clone() for p in params]
+    moved = [*grads[:3], grads[3].clone(), *grads[4:]]
+    with pytest.raises(RuntimeError, match=r"parameter 3, its gradient or its state has moved .*set_to_none=False"):
+        step(moved)
+    assert same_bits([p.detach() for p in params], before)
+    emulated(capturing=False)
+    step(moved)
+    assert not same_bits([p.detach() for p in params], before)
+
+
+def test_many_groups_are_not_recorded(emulated):
+    params = [nn.Parameter(torch.ones(3)) for _ in range(65)]
+    opt = samkern.SAM([{"params": [p]} for p in params], torch.optim.SGD, lr=0.1)
+    emulated(capturing=True)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="a graph cannot be recorded with more than 64 param groups, got 65"):
+        opt.first_step()
+    assert all(p.eq(1).all() for p in params)
 
 
 def test_a_large_tensor_is_folded_by_a_whole_block(emulated):
