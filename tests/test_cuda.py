@@ -26,6 +26,7 @@ from samkern.optim import keeper
 from samkern.options import Base, BaseGroup, Climb, ClimbGroup, MixOptions
 from samkern.plan import Kept
 
+from . import barrier_stress
 from .lists import BF16, FP16, FP32, FP64, borders_intact, guarded_list, same_bits
 from .methods import BASES, METHODS, MOMENTUM, SAM, base_named, method_named
 
@@ -45,7 +46,7 @@ def device(tmp_path_factory):
     compiler = os.environ.get("CXX", "g++")
     include = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"), ROOT / "tests")]
     flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-DSAMKERN_ON_CPU", *include]
-    sources = [*kernels.SOURCES, ROOT / "tests" / "cuda_on_cpu.cpp"]
+    sources = [*kernels.SOURCES, barrier_stress.SOURCE, ROOT / "tests" / "cuda_on_cpu.cpp"]
 
     def compile_one(source):
         target = folder / f"{source.stem}.o"
@@ -286,6 +287,42 @@ def test_a_deadlock_is_reported(device):
         device.run_into_a_deadlock()
 
 
+@pytest.fixture
+def stress(device):
+    yield barrier_stress.BarrierStress(device.__file__)
+    device.configure()
+
+
+@pytest.mark.parametrize(
+    ("seed", "n_blocks", "n_rounds"), [(0, 3, 8), (1, 3, 8), (2, 1, 3), (3, 5, 6), (4, 300, 2)], ids=str
+)
+def test_the_barrier_orders_a_product_that_does_not_commute(seed, n_blocks, n_rounds, stress, device):
+    """Every block arrives at the same product, and it is the one in the order of the blocks."""
+    device.configure(seed=seed)
+    assert stress(n_blocks, n_rounds) == [barrier_stress.expected(n_blocks, n_rounds)] * n_blocks
+
+
+@pytest.mark.parametrize("without", ["grid_sync", "block_sync"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_product_shows_a_barrier_that_does_nothing(without, seed, stress, device):
+    device.configure(seed=seed, without=without)
+    assert stress(3, 8) != [barrier_stress.expected(3, 8)] * 3
+
+
+def test_the_expected_product():
+    """Against the formulas, one matrix after another."""
+    product = [1, 0, 0, 1]
+    for r in range(4):
+        so_far, result = product, [1, 0, 0, 1]
+        for b in range(5):
+            x = (so_far[1] + r) * 2654435761 + b * 2246822519
+            y = (so_far[2] + b) * 3266489917 + r * 668265263
+            (p, q, s, t), (i, j, k, m) = result, (1 + x * y, x, y, 1)
+            result = [z % 2**32 for z in (p * i + q * k, p * j + q * m, s * i + t * k, s * j + t * m)]
+        product = result
+    assert barrier_stress.expected(5, 4) == product
+
+
 # ---- compiled for GPUs
 
 
@@ -313,6 +350,21 @@ def test_kernels_use_wide_accesses_and_no_contraction(source, tmp_path):
         assert not re.search(r"(ld|st)\.v4", text), name  # generic addresses
         assert "fma.rn.f32" not in text, name
         assert not re.search(r"\.approx[.a-z]*\.f32", text), name
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", kernels.ARCHITECTURES)
+def test_the_barrier_stress_compiles(architecture, tmp_path):
+    said = kernels.compile_to("cubin", barrier_stress.SOURCE, architecture, tmp_path / "stress.cubin")
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in said
+    assert "barrier_stress_kernel" in said
+
+
+@needs_nvcc
+def test_the_barrier_stress_builds_and_loads(tmp_path):
+    """As a GPU machine does it; without a GPU there is no room for a single block."""
+    stress = barrier_stress.BarrierStress(barrier_stress.build(tmp_path, "90"))
+    assert (stress.n_blocks() > 0) == torch.cuda.is_available()
 
 
 @needs_nvcc
