@@ -24,6 +24,7 @@ from samkern.backends import _build_facts
 from .machine import RESULTS, device_name
 from .shapes import ShapeSet
 
+
 class Stopwatch:
     """Seconds that have been spent inside of ``running()``. Called like ``time.perf_counter``."""
 

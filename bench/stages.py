@@ -7,6 +7,7 @@ longer is interrupted, so that pytest still tells what had failed, and soon afte
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -84,10 +85,8 @@ class Running:
             self._process.wait()
 
     def _signal(self, which: signal.Signals) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, which)
-        except ProcessLookupError:
-            pass
 
 
 def run_round(stages: Round, seconds: Sequence[float], folder: Path) -> dict[str, str]:

@@ -21,7 +21,7 @@ DeviceFunctions functions{
     [](const PlanView& plan, int) { check(cuda::restore(plan, stream())); },
     [](const PlanView& plan, const UpdateOptions& options, int) { check(cuda::update(plan, options, stream())); },
     [](int) { return Machine::get().setting.n_blocks; },
-    [](int) { return false; },
+    [](int) { return Machine::get().setting.capturing; },
 };
 
 }  // namespace
@@ -43,10 +43,11 @@ void deadlock_kernel(const Nothing) {
 PYBIND11_MODULE(cuda_on_cpu, m) {
   m.def(
       "configure",
-      [](uint64_t seed, int n_blocks, bool one_launch, const std::string& without) {
-        Machine::get().setting = {seed, n_blocks, one_launch, without};
+      [](uint64_t seed, int n_blocks, bool one_launch, const std::string& without, bool capturing) {
+        Machine::get().setting = {seed, n_blocks, one_launch, without, capturing};
       },
-      py::arg("seed") = 0, py::arg("n_blocks") = 3, py::arg("one_launch") = true, py::arg("without") = "");
+      py::arg("seed") = 0, py::arg("n_blocks") = 3, py::arg("one_launch") = true, py::arg("without") = "",
+      py::arg("capturing") = false);
   m.def("run_into_a_deadlock",
         [] { samkern::check(samkern::device::launch(samkern::deadlock_kernel, samkern::Nothing{}, 1, false, {})); });
   m.attr("functions") = py::capsule(&samkern::functions);

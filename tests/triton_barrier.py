@@ -25,8 +25,8 @@ def barrier_stress_kernel(matrices, products, sem, n_rounds):
     one = tl.full((), 1, tl.uint32)
     zero = tl.full((), 0, tl.uint32)
     a, b, c, d = one, zero, zero, one
+    turn = zero
     for r in range(n_rounds):
-        turn = r.to(tl.uint32)
         x = (b + turn) * tl.full((), 2654435761, tl.uint32) + program * tl.full((), 2246822519, tl.uint32)
         y = (c + program) * tl.full((), 3266489917, tl.uint32) + turn * tl.full((), 668265263, tl.uint32)
         base = matrices + (r % 2) * n_programs * 4
@@ -43,6 +43,7 @@ def barrier_stress_kernel(matrices, products, sem, n_rounds):
             s = tl.load(base + i * 4 + 2, cache_modifier=".cg").to(tl.uint32, bitcast=True)
             t = tl.load(base + i * 4 + 3, cache_modifier=".cg").to(tl.uint32, bitcast=True)
             a, b, c, d = a * p + b * s, a * q + b * t, c * p + d * s, c * q + d * t
+        turn += one
     out = products + tl.program_id(0) * 4
     tl.store(out, a.to(tl.int32, bitcast=True))
     tl.store(out + 1, b.to(tl.int32, bitcast=True))
