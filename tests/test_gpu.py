@@ -50,7 +50,7 @@ def train(opt, params, steps=4):
 
 def values(params):
     """On the host: what the device was still doing is waited for."""
-    return [p.detach().cpu() for p in params]
+    return [p.detach().to("cpu", copy=True) for p in params]
 
 
 @each_backend
