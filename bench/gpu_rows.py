@@ -16,9 +16,9 @@ class Row:
     """One measurement. Times in microseconds, rates in 10^9 bytes per second.
 
     ``measured``: a half-step, "pass", "step" (both halves) or "training step". ``mode``: "graph" (replayed), "plain" (events
-    around calls that the host enqueues ahead) or "idle" (from an idle device). ``cache``: "cold" where inputs that together
-    exceed the second-level cache take turns. ``cpu_us``: the host's time for the same call. ``extra_bytes``: allocated beyond
-    the copy of the weights and the state of the base.
+    around calls that the host enqueues ahead), "idle" (the host's time from an idle device) or "profiler" (launches).
+    ``cache``: "cold" where inputs that together exceed the second-level cache take turns. ``cpu_us``: the host's time for
+    the same call. ``extra_bytes``: allocated beyond the copy of the weights and the state of the base.
     """
 
     measured: str
@@ -93,7 +93,7 @@ class Verdict:
     def line(self) -> str:
         """For the eye."""
         verdict = "not measured" if self.met is None else "met" if self.met else "MISSED"
-        return f"{self.bar:<44}{self.what:<66}{self.value:>10}  {verdict}"
+        return f"{self.bar:<38}{self.what:<58}{self.value:>10}  {verdict}"
 
 
 def _share_of_copy(rows: Iterable[Row]) -> Iterable[Verdict]:
@@ -170,8 +170,16 @@ BARS = {
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    """All bars at all that was measured."""
+    """All bars at all that was measured; those that are missed come last, where they are seen."""
     found: list[Verdict] = []
     for name, bar in BARS.items():
         found += list(bar(rows)) or [Verdict(name, "", "", None)]
-    return found
+    return sorted(found, key=lambda verdict: (True, None, False).index(verdict.met))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The bars as text."""
+    found = verdicts(rows)
+    counts = [sum(verdict.met is met for verdict in found) for met in (True, False, None)]
+    last = "{} bars met, {} missed, {} not measured".format(*counts)
+    return "\n".join([*(verdict.line() for verdict in found), last])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,8 +24,8 @@ from .train_log import commit
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-class OutOfTimeError(Exception):
-    """The deadline has come; what was measured until then counts."""
+class OutOfTimeError(BaseException):
+    """The deadline has come; what was measured until then counts. Not an Exception: compilers wrap those into their own."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +82,12 @@ class Session:
         self.notes.append(text)
         print(text, flush=True)
 
-    @contextmanager
-    def section(self, name: str, seconds: float) -> Iterator[None]:
+    def section(self, name: str, seconds: float, run: Callable[[], None]) -> None:
         """A part that needs ``seconds`` at least. What goes wrong in it is told, and hides nothing that comes after it."""
         start = time.perf_counter()
         try:
             self.require(seconds)
-            yield
+            run()
         except OutOfTimeError:
             self.note(f"not measured for want of time: {name}")
         except Exception:

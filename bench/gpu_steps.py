@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from . import shapes
-from .gpu_half_steps import host_time, list_ops, roofline
-from .gpu_rows import verdicts, write
+from .gpu_half_steps import host_time, launches, list_ops, roofline
+from .gpu_rows import table, write
 from .gpu_session import Case, Session
 from .gpu_training import training
-from .gpu_whole_steps import whole_steps
+from .gpu_whole_steps import COMPILES, whole_steps
 from .machine import folder
 
 SMOKE = shapes.ShapeSet("smoke", [(5, 3), (0,), (70,), (9, 2)], rounds=2)
@@ -39,26 +40,29 @@ def measure(session: Session) -> None:
             Case(shapes.VIT_B, torch.bfloat16),
         ]
     )
-    for case in large:
-        with session.section(f"half-steps at the copy rate, {case.name}", 10):
-            roofline(session, case, rounds=2 if smoke else 12)
-    with session.section("host time and launches", 5):
-        host_time(session, Case(SMOKE if smoke else shapes.RESNET50), repeats=3 if smoke else 200)
+    usual = Case(SMOKE if smoke else shapes.RESNET50)
     sets = [Case(SMOKE)] if smoke else [*map(Case, shapes.ON_GPU), Case(shapes.VIT_B, torch.bfloat16)]
-    quick = [case for case in sets if case.shape_set.name not in ("ResNet-18", "ViT-S/16")]
-    for case in quick:
-        with session.section(f"whole steps, {case.name}", 4):
-            whole_steps(session, case, seconds=0.1 if smoke else 2.5)
-    with session.section("training", 15):
-        training(session)
+    compiles = [case for case in sets if case.shape_set.name in COMPILES]
+
+    def steps(case: Case) -> None:
+        name = f"whole steps, {case.name}"
+        session.section(name, 4, lambda: whole_steps(session, case, seconds=0.1 if smoke else 2.5))
+
     for case in large:
-        with session.section(f"list ops, {case.name}", 6):
-            list_ops(session, case, rounds=2 if smoke else 8)
-    # torch.compile takes what is left.
+        name = f"half-steps at the copy rate, {case.name}"
+        session.section(name, 10, partial(roofline, session, case, rounds=2 if smoke else 12))
+    session.section("host time", 5, lambda: host_time(session, usual, repeats=3 if smoke else 200))
     for case in sets:
-        if case not in quick:
-            with session.section(f"whole steps, {case.name}", 4):
-                whole_steps(session, case, seconds=2.5)
+        if case not in compiles:
+            steps(case)
+    session.section("training", 15, lambda: training(session))
+    for case in large:
+        name = f"list ops, {case.name}"
+        session.section(name, 6, partial(list_ops, session, case, rounds=2 if smoke else 8))
+    # torch.compile takes what is left, but for the launches, which come last.
+    for case in compiles:
+        steps(case)
+    session.section("launches", 3, lambda: launches(session, usual))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,8 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"written: {path}\n")
     for note in session.notes:
         print(note)
-    for verdict in verdicts(session.rows):
-        print(verdict.line())
+    print(table(session.rows))
     return 1 if session.failed else 0
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import sys
 import time
+from dataclasses import fields
 
 import pytest
+import torch
 
-from bench import gpu, stages
+from bench import gpu, gpu_half_steps, gpu_steps, gpu_whole_steps, peers, shapes, stages, test_passes
+from bench.gpu_clock import Clock
+from bench.gpu_rows import Row, table, verdicts
+from bench.gpu_session import Case, OutOfTimeError, Session, check
 from bench.stages import GRACE, SECONDS, Stage, allowance, last_lines, passed, run_all
 
 
@@ -167,3 +173,206 @@ def test_without_a_gpu_it_says_so(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit, match="make gpu needs a GPU"):
         gpu.main([])
+
+
+# ---- its benchmark
+
+
+def smoke(folder):
+    return gpu_steps.main(["--device", "cpu", "--smoke", "--out", str(folder)])
+
+
+def rows_of(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_benchmark_runs(tmp_path, capsys):
+    """Every section on the CPU: a row per candidate, and a line per bar at the end."""
+    assert smoke(tmp_path) == 0
+    rows = rows_of(tmp_path / "steps.csv")
+    assert list(rows[0]) == [field.name for field in fields(Row)]
+
+    def measured(**wanted):
+        return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+    n_halves = sum(len(method.halves) for method in gpu_half_steps.METHODS)
+    for dtype in ("float32", "bfloat16"):
+        cold = measured(cache="cold", dtype=dtype)
+        assert len(cold) == n_halves + len(test_passes.PASSES)
+        assert all(float(row["p50_us"]) > 0 and float(row["pct_copy"]) > 0 for row in cold)
+        assert all(float(row["max_err"]) <= 2e-2 for row in cold)
+    assert len(measured(mode="profiler")) == n_halves
+    assert all(float(row["cpu_us"]) > 0 for row in measured(mode="idle"))
+    assert {"cpu", "foreach + fused SGD", "eager loop"} <= {row["backend"] for row in measured(measured="step")}
+    assert {row["method"] for row in measured(measured="training step")} == {"SGD", "SAM", "LookSAM k=5"}
+    out = capsys.readouterr().out
+    assert "failed" not in out
+    assert out.splitlines()[-1].endswith("2 not measured")  # launches and memory, which only a GPU has
+    assert smoke(tmp_path) == 0
+    assert len(rows_of(tmp_path / "steps.csv")) == 2 * len(rows)
+
+
+def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys):
+    """A peer is left out. Ours fails the section, and hides nothing else."""
+
+    def wrong(second):
+        @torch.no_grad()
+        def run(self):
+            second(self)
+            self.params[0].mul_(1.1)
+
+        return run
+
+    monkeypatch.setattr(peers.EagerLoop, "second", wrong(peers.EagerLoop.second))
+    assert smoke(tmp_path / "peer") == 0
+    assert "eager loop on smoke float32 is off by" in capsys.readouterr().out
+    rows = rows_of(tmp_path / "peer" / "steps.csv")
+    assert "foreach + fused SGD" in {row["backend"] for row in rows}
+    assert "eager loop" not in {row["backend"] for row in rows}
+
+    def update(rig):
+        rig.feed(rig.g_s)
+        rig.opt.second_step()
+        if rig.opt._keeper.backend != "reference":
+            rig.params[0].data.mul_(1.1)
+
+    monkeypatch.setattr(gpu_half_steps.Rig, "update", update)
+    assert smoke(tmp_path / "ours") == 1
+    out = capsys.readouterr().out
+    assert "failed: half-steps at the copy rate" in out
+    assert "not timed" in out
+    rows = rows_of(tmp_path / "ours" / "steps.csv")
+    assert {row["measured"] for row in rows if row["cache"] == "cold"} == {"pass"}
+    assert [row for row in rows if row["measured"] == "training step"]
+
+
+def test_nan_is_wrong():
+    with pytest.raises(AssertionError, match="off by inf"):
+        check("ours", Case(gpu_steps.SMOKE), [torch.tensor([1.0, torch.nan])], [torch.ones(2)])
+
+
+def test_without_time_the_bars_are_printed_all_the_same(tmp_path, capsys):
+    assert gpu_steps.main(["--device", "cpu", "--smoke", "--seconds", "0", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "not measured for want of time: training" in out
+    assert out.splitlines()[-1] == "0 bars met, 0 missed, 6 not measured"
+
+
+def row(**facts):
+    about = {"shape_set": "set", "n_tensors": 10, "n_params": 10**8, "dtype": "float32", "grad_dtype": "float32"}
+    usual = {"measured": "step", "method": "SAM", "backend": "cuda", "mode": "plain", "cache": "warm"}
+    return Row(**{**about, **usual, **facts})
+
+
+BARS = {
+    "copy": (
+        [row(cache="cold", measured="update", pct_copy=85.0)],
+        [row(cache="cold", measured="update", pct_copy=84.9)],
+    ),
+    "launches": ([row(measured="update", launches=1)], [row(measured="update", launches=2)]),
+    "host": ([row(mode="idle", measured="update", cpu_us=20)], [row(mode="idle", measured="update", cpu_us=20.5)]),
+    "peers": (
+        [row(p50_us=10, cpu_us=5), row(p50_us=9, cpu_us=10, backend="eager loop")],  # the slower of device and host
+        [row(p50_us=10, cpu_us=5), row(p50_us=9, cpu_us=9, backend="eager loop")],
+    ),
+    "tiny": (
+        [row(p50_us=10, cpu_us=5, n_tensors=2000), row(p50_us=50, cpu_us=5, n_tensors=2000, backend="foreach chain")],
+        [row(p50_us=10, cpu_us=5, n_tensors=2000), row(p50_us=49, cpu_us=5, n_tensors=2000, backend="foreach chain")],
+    ),
+    "memory": ([row(measured="update", extra_bytes=4e6)], [row(measured="update", extra_bytes=4.1e6)]),
+    "training": (
+        [row(measured="training step", method="SGD", p50_us=100), row(measured="training step", p50_us=206)],
+        [row(measured="training step", method="SGD", p50_us=100), row(measured="training step", p50_us=207)],
+    ),
+    "LookSAM": (
+        [row(measured="training step", method=m, p50_us=t) for m, t in (("SGD", 100), ("LookSAM k=5", 123))],
+        [row(measured="training step", method=m, p50_us=t) for m, t in (("SGD", 100), ("LookSAM k=5", 124))],
+    ),
+}
+
+
+@pytest.mark.parametrize("bar", BARS)
+def test_bars(bar):
+    """Just met, just missed; and the rows of peers are not held to them."""
+    for rows, met in zip(BARS[bar], (True, False), strict=True):
+        judged = [verdict for verdict in verdicts(rows) if verdict.met is not None]
+        assert [verdict.met for verdict in judged] == [met], judged
+        assert table(rows).endswith(f"{int(met)} bars met, {int(not met)} missed, 5 not measured")
+    alone = [row(backend="foreach chain", cache="cold", pct_copy=10.0, launches=7, cpu_us=99.0)]
+    assert all(verdict.met is None for verdict in verdicts(alone))
+
+
+def test_missed_bars_come_last():
+    lines = table([*BARS["copy"][1], *BARS["copy"][0]]).splitlines()
+    assert [line.split()[-1] for line in lines[:1] + lines[-2:-1]] == ["met", "MISSED"]
+
+
+def test_bytes_of_half_steps_and_passes():
+    """In fp32 as the CPU's benchmarks count them, and the check of the second gradient where they leave it out."""
+    halves = {method.name: {k: 4 * sum(v) for k, v in method.halves.items()} for method in gpu_half_steps.METHODS}
+    assert halves["SAM SGD"] == {"perturb": 20, "update": 24}
+    assert halves["SAM AdamW"] == {"update": 32}
+    assert halves["LookSAM SGD"] == {"update": 56 - 20, "reuse": 28}
+    assert halves["ASAM element"] == halves["ASAM filter"] == {"perturb": 24}
+    assert {name: 4 * sum(n) for name, n in gpu_half_steps.OPERANDS.items()} == {
+        name: n_bytes for name, (n_bytes, *_) in test_passes.PASSES.items()
+    }
+    assert Case(shapes.VIT_B, torch.bfloat16).bytes(4, 2) == (4 * 2 + 2 * 4) * shapes.VIT_B.n_params
+
+
+def test_shape_sets_of_gpus():
+    sizes = {s.name: (s.n_tensors, s.n_params) for s in shapes.ON_GPU}
+    assert sizes["ResNet-50"] == (161, 25_557_032)
+    assert sizes["ViT-B/16"] == (152, 86_567_656)
+    assert sizes["GPT-2 medium"] == (292, 354_823_168)
+    assert sizes["10,000 x 64"] == (10_000, 640_000)
+    assert {s.name for s in shapes.ALL} <= set(sizes)
+
+
+def session(seconds=100.0):
+    return Session(torch.device("cpu"), time.perf_counter() + seconds, smoke=True)
+
+
+def test_compiling_is_given_up(monkeypatch, capsys):
+    """In time for what comes after it; whatever a compiler does with exceptions."""
+
+    class Slow(peers.ForeachChain):
+        name = "torch.compile"
+
+        def first(self):
+            try:
+                time.sleep(30)
+            except Exception as error:
+                raise RuntimeError("wrapped") from error
+
+    monkeypatch.setattr(peers, "Compiled", Slow)
+    monkeypatch.setattr(gpu_whole_steps, "COMPILES", (gpu_steps.SMOKE.name,))
+    monkeypatch.setattr(gpu_whole_steps, "COMPILE_SECONDS", 10.0)
+    monkeypatch.setattr(signal, "setitimer", lambda which, seconds, real=signal.setitimer: real(which, seconds / 20))
+    start, run = time.perf_counter(), session()
+    gpu_whole_steps.whole_steps(run, Case(gpu_steps.SMOKE), 0.1)
+    assert time.perf_counter() - start < 10
+    assert "torch.compile of smoke float32 was given up after 10 s" in capsys.readouterr().out
+    assert "foreach + fused SGD" in {one.backend for one in run.rows}
+    monkeypatch.setattr(peers, "Compiled", type("Quick", (peers.ForeachChain,), {"name": "torch.compile"}))
+    gpu_whole_steps.whole_steps(run, Case(gpu_steps.SMOKE), 0.1)
+    assert run.rows[-1].backend == "torch.compile"
+    short = session(seconds=20)
+    gpu_whole_steps.whole_steps(short, Case(gpu_steps.SMOKE), 0.1)
+    assert "torch.compile of smoke float32 was left out: no time" in capsys.readouterr().out
+
+
+def test_time_that_is_up_is_not_an_exception_that_somebody_swallows():
+    assert not issubclass(OutOfTimeError, Exception)
+    with pytest.raises(OutOfTimeError):
+        session(seconds=1).require(2)
+
+
+def test_the_clock_counts_calls():
+    calls = []
+    clock = Clock(torch.device("cpu"))
+    assert clock.per_call([lambda: time.sleep(0.01)] * 3) == pytest.approx(0.01, rel=0.5)
+    assert len(clock.enqueue(lambda: calls.append(1), 5)) == len(calls) == 5
+    with pytest.raises(RuntimeError, match="graphs need a GPU"):
+        clock.graph([])
