@@ -46,7 +46,7 @@ lint: $(BUILT)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	$(CLANG_FORMAT) --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/* tests/cuda_on_cpu.*
+	$(CLANG_FORMAT) --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/* tests/cuda_on_cpu.* tests/*.cu
 
 bench: $(BUILT)
 	$(RUN) -m pytest bench -q $(OPTIONS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -26,7 +27,8 @@ AFTERWARDS = """Not in here: training on CIFAR-10, which takes 8 minutes of its 
 def pytest(*arguments: str, spread: str = "") -> tuple[str, ...]:
     """``spread``: over several processes, if pytest-xdist is here: "load" test by test, "loadfile" file by file."""
     shared = spread and importlib.util.find_spec("xdist") is not None
-    return (PYTHON, "-m", "pytest", "-q", "--tb=short", *(("-n", "6", "--dist", spread) if shared else ()), *arguments)
+    workers = ("-n", str(min(8, os.cpu_count() or 1)), "--dist", spread) if shared else ()
+    return (PYTHON, "-m", "pytest", "-q", "--tb=short", *workers, *arguments)
 
 
 def sanitizer(tool: str) -> Stage:
@@ -55,7 +57,7 @@ def rounds(architecture: str) -> list[Round]:
                     *("-k", f"({on_gpu}) and not barrier and not launches"),
                     spread="load",
                 ),
-                120,
+                150,  # most of it is Triton's compiler
                 60,
             )
         ],

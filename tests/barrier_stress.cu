@@ -1,6 +1,6 @@
-// A product that does not commute, folded through the grid barrier round by round. In round r block b contributes a matrix
-// that depends on r, b and the product so far; after the barrier every block multiplies all of them in the order of the
-// blocks, and that is the product so far. One stale or early read in any round changes every later one.
+// A product that does not commute, folded through the grid barrier round by round. In round r block b contributes a
+// matrix that depends on r, b and the product so far; after the barrier every block multiplies all of them in the order
+// of the blocks, and that is the product so far. One stale or early read in any round changes every later one.
 //
 // tests/barrier_stress.py has the formulas; test_cuda.py runs this by fibers, test_gpu.py on a GPU.
 #include "../csrc/cuda/device.h"
@@ -96,11 +96,10 @@ EXPORTED int32_t samkern_barrier_stress_blocks() {
   return samkern::device::Machine::get().setting.n_blocks;
 #else
   int device = 0, n_processors = 0, n_per_processor = 0;
-  const bool known =
-      cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&n_processors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n_per_processor, samkern::barrier_stress_kernel,
-                                                    samkern::device::kThreads, 0) == cudaSuccess;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&n_processors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
+                     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n_per_processor, samkern::barrier_stress_kernel,
+                                                                   samkern::device::kThreads, 0) == cudaSuccess;
   return known ? n_processors * n_per_processor : 0;
 #endif
 }

@@ -175,6 +175,20 @@ def test_without_a_gpu_it_says_so(monkeypatch):
         gpu.main([])
 
 
+@pytest.mark.parametrize(("code", "status"), [("print('in vain'); raise SystemExit(4)", 1), ("print('bars')", 0)])
+def test_the_summary_has_the_measurements_and_what_failed(code, status, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    stage = python("steps", code, shows=5)
+    absent = Stage("absent", ("no-such-program",), 5, needs="no-such-program")
+    monkeypatch.setattr(gpu, "rounds", lambda architecture: [[stage, absent]] if architecture == "9.0" else [])
+    assert gpu.main(["--out", str(tmp_path)]) == status  # what is left out is no failure
+    summary = (tmp_path / "summary.txt").read_text()
+    assert ("in vain" if status else "bars") in summary
+    assert "python -m bench.train --quick" in summary
+    assert summary in capsys.readouterr().out + "\n"
+
+
 # ---- its benchmark
 
 
