@@ -39,8 +39,10 @@ def sanitizer(tool: str) -> Stage:
     return Stage(f"sanitizer-{tool}", (*command, *case), 180, needs="compute-sanitizer", environment=environment)
 
 
-def rounds(architecture: str) -> list[Round]:
-    """``architecture``: of this GPU, as "9.0"; to build for others too would take as long again for each."""
+def rounds(architecture: str, target: Path) -> list[Round]:
+    """``architecture``: of this GPU, as "9.0"; to build for others too would take as long again for each. ``target``: where
+    the benchmark's rows go."""
+    steps = (PYTHON, "-m", "bench.gpu_steps", "--seconds", SECONDS, "--out", str(target))
     build = (PYTHON, "setup.py", "build_ext", "--inplace")
     whole_suite = pytest("tests", "--ignore=tests/test_gpu.py", "-k", "not on_a_gpu", spread="loadfile")
     on_gpu = "test_gpu or on_a_gpu or one_launch or synchronization"
@@ -63,7 +65,7 @@ def rounds(architecture: str) -> list[Round]:
         ],
         [Stage("barrier", pytest("tests/test_gpu.py", "-k", "barrier"), 60, 20)],
         [Stage("launches", pytest("tests/test_gpu.py", "-v", "-k", "launches"), 40, 15)],
-        [Stage("steps", (PYTHON, "-m", "bench.gpu_steps", "--seconds", SECONDS), 170, 120, shows=60)],
+        [Stage("steps", steps, 170, 120, shows=60)],
         [
             Stage("tests", whole_suite, 240, 60),
             *(sanitizer(tool) for tool in ("memcheck", "racecheck", "synccheck", "initcheck")),
@@ -80,7 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         sys.exit("make gpu needs a GPU that torch can use; torch.cuda.is_available() is False")
     major, minor = torch.cuda.get_device_capability()
-    stages, target = rounds(f"{major}.{minor}"), options.out or folder(torch.device("cuda"))
+    target = (options.out or folder(torch.device("cuda"))).resolve()
+    stages = rounds(f"{major}.{minor}", target)
     endings = run_all(stages, options.seconds, target, say=lambda line: print(line, flush=True))
     report = f"\n{last_lines(stages, endings, target)}\n{AFTERWARDS}\n"
     print(report)

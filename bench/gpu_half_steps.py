@@ -85,6 +85,11 @@ class Rig:
         self.opt.first_step()
         self.opt.second_step()
 
+    def state(self) -> Tensor:
+        """A copy of some of the base's state, which every step changes."""
+        p = next(p for p in self.params if p.numel() > 0)
+        return next(x for key, x in self.opt.state[p].items() if key != "step").clone()
+
     def cycle(self) -> None:
         """A look, and what comes until the next."""
         for half in self.halves.values():
@@ -101,11 +106,21 @@ def checked_rig(session: Session, case: Case, method: Method, backend: str) -> f
 
 
 def recorded(session: Session, rigs: list[Rig]) -> dict[str, Run]:
-    """A replay per kind of half-step: of that half of every rig."""
+    """A replay per kind of half-step: of that half of every rig.
+
+    Raises:
+        RuntimeError: they cannot be recorded, or replays leave the optimizers as they were.
+    """
     for rig in rigs:
         rig.cycle()
         rig.cycle()
-    return {name: session.clock.graph([rig.halves[name] for rig in rigs]) for name in rigs[0].halves}
+    replays = {name: session.clock.graph([rig.halves[name] for rig in rigs]) for name in rigs[0].halves}
+    before = [rig.state() for rig in rigs]
+    for replay in replays.values():
+        replay()
+    if any(torch.equal(old, rig.state()) for old, rig in zip(before, rigs, strict=True)):
+        raise RuntimeError("a replay did nothing")
+    return replays
 
 
 def timers(session: Session, case: Case, method: Method, backend: str) -> tuple[str, Callable[[], dict[str, float]]]:

@@ -62,7 +62,7 @@ class Running:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, **stage.environment},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment},  # what is killed has been written
             )
 
     def look(self) -> None:

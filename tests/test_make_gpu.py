@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,12 +29,12 @@ HANGS = """
 import os, signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-print(os.getpid(), child.pid, flush=True)
+print(os.getpid(), child.pid)  # is in the file before the kill, unbuffered
 time.sleep(60)
 """
 LEAVES_A_CHILD = """
 import subprocess, sys
-print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid, flush=True)
+print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid)
 """
 
 
@@ -145,7 +146,7 @@ def test_without_time_a_stage_is_left_out(tmp_path):
 
 def test_all_of_it_fits_into_nine_minutes():
     """However badly every stage behaves: each takes all it may, and its grace on top."""
-    rounds, left = gpu.rounds("9.0"), gpu.TOTAL
+    rounds, left = gpu.rounds("9.0", Path("results")), gpu.TOTAL
     for index, round_ in enumerate(rounds):
         limits = allowance(rounds, index, left)
         assert all(limit >= stage.least for limit, stage in zip(limits, round_, strict=True))
@@ -157,15 +158,17 @@ def test_all_of_it_fits_into_nine_minutes():
 
 
 def test_what_runs_on_a_gpu():
-    commands = {stage.name: " ".join(stage.command) for round_ in gpu.rounds("9.0") for stage in round_}
+    commands = {
+        stage.name: " ".join(stage.command) for round_ in gpu.rounds("9.0", Path("results")) for stage in round_
+    }
     assert {name for name in commands if name.startswith("sanitizer")} == {
         f"sanitizer-{tool}" for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
     }
-    for round_ in gpu.rounds("9.0"):
+    for round_ in gpu.rounds("9.0", Path("results")):
         for stage in round_:
             if stage.name.startswith("sanitizer"):
                 assert stage.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    assert "bench.gpu_steps --seconds {seconds}" in commands["steps"]
+    assert "bench.gpu_steps --seconds {seconds} --out results" in commands["steps"]
     assert SECONDS == "{seconds}"
 
 
@@ -181,7 +184,7 @@ def test_the_summary_has_the_measurements_and_what_failed(code, status, tmp_path
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     stage = python("steps", code, shows=5)
     absent = Stage("absent", ("no-such-program",), 5, needs="no-such-program")
-    monkeypatch.setattr(gpu, "rounds", lambda architecture: [[stage, absent]] if architecture == "9.0" else [])
+    monkeypatch.setattr(gpu, "rounds", lambda architecture, target: [[stage, absent]] if architecture == "9.0" else [])
     assert gpu.main(["--out", str(tmp_path)]) == status  # what is left out is no failure
     summary = (tmp_path / "summary.txt").read_text()
     assert ("in vain" if status else "bars") in summary
@@ -259,6 +262,22 @@ def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys):
     rows = rows_of(tmp_path / "ours" / "steps.csv")
     assert {row["measured"] for row in rows if row["cache"] == "cold"} == {"pass"}
     assert [row for row in rows if row["measured"] == "training step"]
+
+
+def test_a_replay_that_does_nothing_is_not_timed(monkeypatch):
+    """As one of a graph that has recorded nothing. Then the half-steps are measured as they are."""
+    run = session()
+    method = gpu_half_steps.METHODS[0]
+    rigs = [gpu_half_steps.Rig(Case(gpu_steps.SMOKE), run.device, method, "cpu") for _ in range(2)]
+    monkeypatch.setattr(run.clock, "graph", lambda halves: lambda: [half() for half in halves])
+    replays = gpu_half_steps.recorded(run, rigs)
+    assert list(replays) == ["perturb", "update"]
+    monkeypatch.setattr(run.clock, "graph", lambda halves: halves[0])  # the second rig stays where it was
+    with pytest.raises(RuntimeError, match="did nothing"):
+        gpu_half_steps.recorded(run, rigs)
+    assert gpu_half_steps.timers(run, Case(gpu_steps.SMOKE), method, "cpu")[0] == "plain"
+    monkeypatch.setattr(run.clock, "graph", lambda halves: lambda: [half() for half in halves])
+    assert gpu_half_steps.timers(run, Case(gpu_steps.SMOKE), method, "cpu")[0] == "graph"
 
 
 def test_nan_is_wrong():
