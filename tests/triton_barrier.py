@@ -26,7 +26,8 @@ def barrier_stress_kernel(matrices, products, sem, n_rounds):
     zero = tl.full((), 0, tl.uint32)
     a, b, c, d = one, zero, zero, one
     turn = zero
-    for r in range(n_rounds):
+    r = 0
+    while r < n_rounds:  # range() of such a number trips the interpreter of Triton 3.6
         x = (b + turn) * tl.full((), 2654435761, tl.uint32) + program * tl.full((), 2246822519, tl.uint32)
         y = (c + program) * tl.full((), 3266489917, tl.uint32) + turn * tl.full((), 668265263, tl.uint32)
         base = matrices + (r % 2) * n_programs * 4
@@ -37,13 +38,16 @@ def barrier_stress_kernel(matrices, products, sem, n_rounds):
         tl.store(own + 3, one.to(tl.int32, bitcast=True))
         grid_barrier(sem)
         a, b, c, d = one, zero, zero, one
-        for i in range(n_programs):
+        i = 0
+        while i < n_programs:
             p = tl.load(base + i * 4, cache_modifier=".cg").to(tl.uint32, bitcast=True)
             q = tl.load(base + i * 4 + 1, cache_modifier=".cg").to(tl.uint32, bitcast=True)
             s = tl.load(base + i * 4 + 2, cache_modifier=".cg").to(tl.uint32, bitcast=True)
             t = tl.load(base + i * 4 + 3, cache_modifier=".cg").to(tl.uint32, bitcast=True)
             a, b, c, d = a * p + b * s, a * q + b * t, c * p + d * s, c * q + d * t
+            i += 1
         turn += one
+        r += 1
     out = products + tl.program_id(0) * 4
     tl.store(out, a.to(tl.int32, bitcast=True))
     tl.store(out + 1, b.to(tl.int32, bitcast=True))
