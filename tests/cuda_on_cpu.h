@@ -22,7 +22,8 @@
 
 namespace samkern::device {
 
-// How the next launches run. `without`: a synchronisation that does nothing, to see that the tests notice.
+// How the next launches run. `without`: a synchronisation that does nothing, to see that the tests notice. `capturing`:
+// launches run all the same, but the plan is told that they are being recorded.
 struct Setting {
   uint64_t seed = 0;
   int n_blocks = 3;

@@ -18,6 +18,7 @@ from torch import nn
 
 from samkern.backends import backends
 
+from . import barrier_stress
 from .lists import CHUNK, FP32, FP64, same_bits
 from .methods import BASES, METHODS, method_named
 
@@ -105,6 +106,22 @@ def test_barriers_release_and_acquire(compiled):
         barriers = 0 if fact["name"].startswith("restore") else 2
         assert fact["releases"] >= barriers, fact
         assert fact["acquires"] >= barriers, fact
+
+
+def test_the_barrier_stress_compiles_and_computes_what_it_should():
+    """For GPUs, where ``test_gpu.py`` runs it with all programs; in the interpreter there can only be one."""
+    result = python("tests.triton_barrier")
+    assert result.returncode == 0, result.stderr[-5000:]
+    facts = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {fact["architecture"] for fact in facts} == {80, 90}
+    for fact in facts:
+        assert fact["releases"] >= 1, fact
+        assert fact["acquires"] >= 1, fact
+        assert fact["stack"] == 0, fact
+        assert fact["registers"] <= fact["limit"], fact
+    result = python("tests.triton_barrier", TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr[-5000:]
+    assert json.loads(result.stdout) == [barrier_stress.expected(1, 6)]
 
 
 def test_importing_samkern_does_not_import_triton():

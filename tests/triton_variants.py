@@ -35,7 +35,7 @@ ARCHITECTURES = (80, 90)
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 POINTERS = {
     **dict.fromkeys(("rows", "skips"), "*i64"),
-    **dict.fromkeys(("places", "chunks", "runs", "sem"), "*i32"),
+    **dict.fromkeys(("places", "chunks", "runs", "sem", "matrices", "products"), "*i32"),
     **dict.fromkeys(("options", "partials", "run_partials", "filter_squares", "sums", "report", "cache_norm"), "*fp64"),
     "fresh": "*u8",
 }
