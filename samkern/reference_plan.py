@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .options import Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report, Scope
+from .options import Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report, Scaling, Scope
 from .tensors import DTYPES, describe
 
 _DIRECTION = {
@@ -76,7 +76,7 @@ class ReferencePlan:
     def missing_cache(self) -> list[int]:
         return [i for i in self._gradients() if i not in self._cache]
 
-    def perturb(self, climbs: Sequence[ClimbGroup], keep: bool, report: Tensor) -> None:
+    def perturb(self, climbs: Sequence[ClimbGroup], keep: bool, report: Tensor, scaling: Scaling = Scaling()) -> None:
         grads = self._gradients()
         report.zero_()
         scale, finite = self._climb_scales(grads, climbs, report)
@@ -108,6 +108,7 @@ class ReferencePlan:
         check: bool,
         max_grad_norm: float,
         report: Tensor,
+        scaling: Scaling = Scaling(),
     ) -> None:
         grads = self._gradients()
         if not looked:

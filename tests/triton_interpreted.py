@@ -19,7 +19,7 @@ from samkern.options import Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions,
 from samkern.plan import Kept
 from samkern.reference_plan import ReferencePlan
 from samkern.triton_kernels import TritonPlan
-from samkern.triton_kernels.plan import climb_constants
+from samkern.triton_kernels.plan import form_of_climbs
 
 from .lists import (
     BF16,
@@ -340,9 +340,9 @@ def test_versions_are_bumped():
 
 
 def test_values_of_options_compile_nothing():
-    constants = climb_constants([ClimbGroup(Climb.FILTER, 0.1, 0.2)])
-    assert constants == climb_constants([ClimbGroup(Climb.FILTER, 0.0, 0.3)])
-    assert constants != climb_constants([ClimbGroup(Climb.SIGN, 0.1)])
+    form = form_of_climbs([ClimbGroup(Climb.FILTER, 0.1, 0.2)], False)
+    assert form == form_of_climbs([ClimbGroup(Climb.FILTER, 0.0, 0.3)], False)
+    assert form != form_of_climbs([ClimbGroup(Climb.SIGN, 0.1)], False)
 
 
 def test_where_it_serves():

@@ -18,77 +18,54 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from samkern.options import Base, Climb, ClimbGroup, Mix
+from samkern.options import Base, Climb, ClimbGroup, Mix, MixOptions, Scaling
 from samkern.triton_kernels import common
+from samkern.triton_kernels.launch import COMPILER_OPTIONS, registers_for, types_of
 from samkern.triton_kernels.perturb import perturb_kernel
-from samkern.triton_kernels.plan import (
-    COMPILER_OPTIONS,
-    TYPES,
-    climb_constants,
-    element_constants,
-    registers_for,
-    width_of,
-)
-from samkern.triton_kernels.update import restore_kernel, update_kernel
+from samkern.triton_kernels.plan import form_of_climbs, form_of_update
+from samkern.triton_kernels.restore import restore_kernel
+from samkern.triton_kernels.update import update_kernel
 
 ARCHITECTURES = (80, 90)
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 POINTERS = {
-    **dict.fromkeys(("rows", "skips"), "*i64"),
+    **dict.fromkeys(("rows", "scalars", "skips"), "*i64"),
     **dict.fromkeys(("places", "chunks", "runs", "sem"), "*i32"),
-    **dict.fromkeys(("options", "partials", "run_partials", "filter_squares", "sums", "report", "cache_norm"), "*fp64"),
+    **dict.fromkeys(("numbers", "partials", "run_partials", "filter_squares", "sums", "report", "cache_norm"), "*fp64"),
     "fresh": "*u8",
 }
 
 
-def perturb(climb, w):
+SCALING = Scaling(torch.ones(()), torch.zeros(()))
+
+
+def perturb(climb, w, scaled=False):
     half = w.itemsize == 2
     together = common.REDUCE | common.FOLD | common.APPLY | (common.CLOSE if half else 0)
-    registers = registers_for([w], crowded=climb == Climb.FILTER)
-    return (
-        perturb_kernel,
-        registers,
-        {
-            **element_constants(w),
-            **climb_constants([ClimbGroup(climb, 0.1)]),
-            "PHASES": int(together),
-            "HALVES": half,
-            "G_DT": TYPES[w],
-            "SOFT_BF16": False,
-        },
-    )
+    constants = {
+        "PHASES": int(together),
+        "FORM": form_of_climbs([ClimbGroup(climb, 0.1)], half, scaled),
+        "TYPES": types_of(w, w),
+    }
+    return perturb_kernel, registers_for([w], climb == Climb.FILTER, scaled), constants
 
 
-def update(base, mix, w, cache=FP32, clips=False):
+def update(base, mix, w, cache=FP32, clips=False, scaling=Scaling()):
     together = (
         common.REDUCE | common.FOLD | common.APPLY | common.SETTLE | (common.CLOSE if mix == Mix.DECOMPOSE else 0)
     )
     cache = FP64 if w == FP64 else cache
-    registers = registers_for([w], crowded=mix != Mix.GRADIENT or base != Base.SGD)
-    return (
-        update_kernel,
-        registers,
-        {
-            **element_constants(w),
-            "PHASES": int(together),
-            "BASE": int(base),
-            "MIX": int(mix),
-            "SCOPE": 0,
-            "LOOKED": mix != Mix.REUSE,
-            "CHECK": True,
-            "CLIPS": clips,
-            "HANDS_OVER": base == Base.NONE and (clips or mix == Mix.REUSE),
-            "G_DT": TYPES[w],
-            "OTHER_DT": TYPES[w if mix == Mix.DECOMPOSE else cache],
-            "CACHE_DT": TYPES[cache],
-            "BITS": width_of(w),
-            "SOFT_BF16": False,
-        },
-    )
+    constants = {
+        "PHASES": int(together),
+        "FORM": form_of_update(base, MixOptions(mix), mix != Mix.REUSE, True, clips, scaling),
+        "TYPES": types_of(w, w, other=w if mix == Mix.DECOMPOSE else cache, cache=cache),
+    }
+    crowded = mix != Mix.GRADIENT or base != Base.SGD
+    return update_kernel, registers_for([w], crowded, constants["FORM"].scaled), constants
 
 
 def restore(w):
-    return restore_kernel, registers_for([w]), {"BITS": width_of(w), "BLOCK": element_constants(w)["BLOCK"]}
+    return restore_kernel, registers_for([w]), {"TYPES": types_of(w)}
 
 
 def name_of(dtype):
@@ -105,6 +82,12 @@ VARIANTS = {
     },
     "update-SGD-REUSE-float32-clipped-bf16-cache": update(Base.SGD, Mix.REUSE, FP32, BF16, clips=True),
     "update-ADAM-DECOMPOSE-float32-bf16-cache": update(Base.ADAM, Mix.DECOMPOSE, FP32, BF16),
+    **{f"perturb-{c.name}-float32-scaled": perturb(c, FP32, True) for c in Climb},
+    **{
+        f"update-{base.name}-{mix.name}-float32-scaled": update(base, mix, FP32, scaling=SCALING)
+        for base in Base
+        for mix in Mix
+    },
     **{f"restore-{name_of(w)}": restore(w) for w in (FP32, BF16, FP64)},
 }
 
