@@ -57,7 +57,7 @@ def update(base, mix, w, cache=FP32, clips=False, scaling=Scaling()):
     cache = FP64 if w == FP64 else cache
     constants = {
         "PHASES": int(together),
-        "FORM": form_of_update(base, MixOptions(mix), mix != Mix.REUSE, True, clips, scaling),
+        "FORM": form_of_update(base, MixOptions(mix), mix != Mix.REUSE, True, clips, scaling, mix != Mix.REUSE),
         "TYPES": types_of(w, w, other=w if mix == Mix.DECOMPOSE else cache, cache=cache),
     }
     crowded = mix != Mix.GRADIENT or base != Base.SGD

@@ -48,7 +48,13 @@ def _bits(places: Iterable[Any]) -> int:
 
 
 def form_of_update(
-    base: Base, mix: MixOptions, looked: bool, check: bool, clips: bool, scaling: Scaling = Scaling()
+    base: Base,
+    mix: MixOptions,
+    looked: bool,
+    check: bool,
+    clips: bool,
+    scaling: Scaling = Scaling(),
+    restores: bool = False,
 ) -> Update:
     """The same for an update."""
     changes = clips or mix.mix == Mix.REUSE or scaling.grad_scale is not None
@@ -58,6 +64,7 @@ def form_of_update(
         scope=int(mix.scope),
         summed=check or clips or mix.mix != Mix.GRADIENT,
         looked=looked,
+        restores=restores,
         check=check,
         clips=clips,
         hands_over=base == Base.NONE and changes,
@@ -83,6 +90,8 @@ class TritonPlan(ReferencePlan):
         self._device = cache_norm.device
         check_device(self._device)
         self._tables = DeviceTables(params, group, self._device)
+        # Made here: a step that fails while a graph is recorded is undone without uploading anything.
+        self._slices_to_restore = self._tables.slices("restore", [(p.dtype,) for p in params])
         self._slots: dict[int, Tensor] = {}
 
     def perturb(self, climbs: Sequence[ClimbGroup], keep: bool, report: Tensor, scaling: Scaling = Scaling()) -> None:
@@ -92,10 +101,10 @@ class TritonPlan(ReferencePlan):
         )
         grads = self._gradients()
         operands = {i: laid_out_like(grad, self._params[i]) for i, grad in grads.items()}
-        self._saved = self._room_for([i for i in grads if climbs[self._group[i]].perturbs])
+        saved = self._room_for([i for i in grads if climbs[self._group[i]].perturbs])
         self._bind_weights()
         tables.bind(common.FIRST, operands)
-        tables.bind(common.SAVED, self._saved)
+        tables.bind(common.SAVED, saved)
         numbers = tables.numbers("the climb", [value for group in climbs for value in group.numbers])
         halves = any(p.element_size() == 2 for p in self._params)
         form = form_of_climbs(climbs, halves, _is_given(scaling))
@@ -122,8 +131,7 @@ class TritonPlan(ReferencePlan):
         phases = int(common.REDUCE) | int(common.FOLD) | int(common.APPLY) | (int(common.CLOSE) if halves else 0)
         slices = tables.slices("the climb", [(p.dtype, self._dtype(operands, i)) for i, p in enumerate(self._params)])
         run_phases(launch, slices, phases)
-        self.perturbed = True
-        self._first = grads if keep else {}
+        self._saved, self._first, self.perturbed = saved, grads if keep else {}, True
         self._mark_written()
         for p in self._params:
             p.grad = None
@@ -140,7 +148,7 @@ class TritonPlan(ReferencePlan):
         scaling: Scaling = Scaling(),
     ) -> None:
         tables, n_groups = self._tables, max(self._group) + 1
-        form = form_of_update(base, mix, looked, check, max_grad_norm > 0, scaling)
+        form = form_of_update(base, mix, looked, check, max_grad_norm > 0, scaling, restores=self.perturbed)
         rates = [group.lr_on_device for group in groups] if groups else [None] * n_groups
         scalars = tables.scalars("the update", {**_step_scalars(scaling), "lr": rates})
         grads = self._written_gradients() if form.hands_over else self._gradients()
@@ -148,13 +156,16 @@ class TritonPlan(ReferencePlan):
         decomposes, adam = mix.mix == Mix.DECOMPOSE, base in (Base.ADAM, Base.ADAMW)
         first = {i: laid_out_like(grad, self._params[i]) for i, grad in self._first.items()} if decomposes else {}
         cache = self._cache if mix.mix != Mix.GRADIENT else {}
+        # What this step does not read stays as it is: the next step will find it.
         self._bind_weights()
         tables.bind(common.GRAD, operands)
-        tables.bind(common.FIRST, first)
-        tables.bind(common.SAVED, self._saved)
-        tables.bind(common.CACHE, cache)
+        if decomposes:
+            tables.bind(common.FIRST, first)
+        if mix.mix != Mix.GRADIENT:
+            tables.bind(common.CACHE, cache)
         self._bind_moments(base, groups)
-        numbers = tables.numbers("the update", _update_options(groups, mix, max_grad_norm, n_groups))
+        kind = f"the update ({mix.mix.name.lower()})"
+        numbers = tables.numbers(kind, _update_options(groups, mix, max_grad_norm, n_groups))
 
         def launch(part: Slice, phases: int) -> None:
             w, g, other, kept = part.dtypes
@@ -182,7 +193,7 @@ class TritonPlan(ReferencePlan):
         phases = int(common.APPLY) | int(common.SETTLE)
         phases |= (int(common.REDUCE) if form.summed else 0) | (int(common.FOLD) if form.summed or adam else 0)
         phases |= int(common.CLOSE) if decomposes else 0
-        run_phases(launch, tables.slices("the update", combinations), phases)
+        run_phases(launch, tables.slices(kind, combinations), phases)
         self._mark_written()
         self._finish()
 
@@ -204,8 +215,7 @@ class TritonPlan(ReferencePlan):
                 TYPES=types_of(*part.dtypes),
             )
 
-        slices = self._tables.slices("restore", [(p.dtype,) for p in self._params])
-        run_phases(launch, slices, int(common.APPLY))
+        run_phases(launch, self._slices_to_restore, int(common.APPLY))
         self._mark_written()
 
     # ---- what changes from step to step

@@ -135,9 +135,13 @@ class DeviceTables:
         return torch.zeros(*shape, dtype=torch.float64, device=self._device)
 
     def _upload(self, name: str, values: list[Any], dtype: torch.dtype, what: str) -> Tensor:
-        if name not in self._uploaded or self._uploaded[name][0] != values:
-            self._uploaded[name] = values, self._send(values, dtype, what)
-        return self._uploaded[name][1]
+        known, table = self._uploaded.get(name, ([], None))
+        if table is None or known != values:
+            sent = self._send(values, dtype, what)
+            # In place: a graph that was recorded reads it where it was.
+            table = table.copy_(sent) if table is not None and len(known) == len(values) else sent
+            self._uploaded[name] = values, table
+        return table
 
     def _send(self, values: Any, dtype: torch.dtype, what: str) -> Tensor:
         """A tensor of ``values``, copied without waiting: the pinned copy lives until the stream has passed it."""

@@ -83,8 +83,8 @@ class Update(NamedTuple):
     """What an update kernel is compiled for beside dtypes.
 
     ``base``, ``mix``, ``scope``: as samkern/options.py. ``summed``: there is a REDUCE. ``looked``: a perturb wrote the rest of
-    the report. ``check``: a gradient that is not finite skips the step. ``hands_over``: see the kernel. ``scaled``: there may
-    be a loss scale.
+    the report. ``restores``: there are saved weights. ``check``: a gradient that is not finite skips the step.
+    ``hands_over``: see the kernel. ``scaled``: there may be a loss scale.
     """
 
     base: int
@@ -92,6 +92,7 @@ class Update(NamedTuple):
     scope: int
     summed: bool
     looked: bool
+    restores: bool
     check: bool
     clips: bool
     hands_over: bool
@@ -289,9 +290,12 @@ def update_range(
     """``update_block`` over a chunk."""
     t, lo, n = chunk.t, chunk.lo, chunk.n
     MATH: tl.constexpr = TYPES.math
-    w_address, saved, cache_address = entry(tables, W, t), entry(tables, SAVED, t), entry(tables, CACHE, t)
-    w = elements(w_address, lo, TYPES.w, ALIGNED)
-    source = elements(tl.where(saved != 0, saved, w_address), lo, TYPES.w, ALIGNED)
+    w_address, cache_address = entry(tables, W, t), entry(tables, CACHE, t)
+    source = w_address
+    if FORM.restores:
+        saved = entry(tables, SAVED, t)
+        source = tl.where(saved != 0, saved, w_address)
+    w, source = elements(w_address, lo, TYPES.w, ALIGNED), elements(source, lo, TYPES.w, ALIGNED)
     g = elements(entry(tables, GRAD, t), lo, TYPES.g, ALIGNED)
     m = elements(entry(tables, STATE1, t), lo, MATH, ALIGNED)
     v = elements(entry(tables, STATE2, t), lo, MATH, ALIGNED)
@@ -321,7 +325,9 @@ def update_chunk(tables, chunk, cache_norm, fresh, aa, clip, FORM: tl.constexpr,
     m = entry(tables, STATE1, t)
     used = m | entry(tables, GRAD, t) | entry(tables, STATE2, t)
     if FORM.base != NONE:
-        used = used | entry(tables, W, t) | entry(tables, SAVED, t)
+        used = used | entry(tables, W, t)
+        if FORM.restores:
+            used = used | entry(tables, SAVED, t)
     if FORM.mix == REUSE:
         used = used | entry(tables, CACHE, t)
     for with_buffer in tl.static_range(2):
@@ -409,8 +415,9 @@ def update_kernel(
                 c = k
             chunk = locate(chunks, tables, n_chunks, c)
             only_restored = decision.skip | (entry(tables, GRAD, chunk.t) == 0)
-            if FORM.base == NONE or only_restored:
-                restore_chunk(tables, chunk, TYPES)
+            if FORM.restores:
+                if FORM.base == NONE or only_restored:
+                    restore_chunk(tables, chunk, TYPES)
             if FORM.base != NONE or FORM.hands_over:
                 if only_restored == 0:
                     update_chunk(tables, chunk, cache_norm, fresh, decision.aa, clip, FORM, TYPES)

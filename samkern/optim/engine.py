@@ -130,8 +130,10 @@ class SharpnessAware(OptimizerAround):
         self._keeper = PlanKeeper(base, backend, cache_dtype)
         super().__init__(base, options, not_per_group=("k", "scope", "min_sine"))
         self.evaluations = self._t = 0
+        self._capturable = capturable
         if capturable:
-            self._make_capturable()
+            self._check_capturable()
+            self._put_options_on_device()
         self._warn_of_half_precision()
 
     @torch.no_grad()
@@ -262,19 +264,29 @@ class SharpnessAware(OptimizerAround):
         if self.reuse is not None:
             self.reuse.check(options)
 
-    def _make_capturable(self) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; the new group may override our options. Between the two halves of a step it raises."""
+        super().add_param_group(param_group)
+        self._put_options_on_device()
+
+    def _check_capturable(self) -> None:
         rule, why = fused_rule(self.base)
         if rule is None:
             raise ValueError(
                 f"capturable=True needs a fused update: {why}, and whether to step is then asked on the host"
             )
-        if (backend := self._keeper.resolved()) == "triton":
-            raise ValueError("capturable=True runs on the cuda backend; this optimizer's is triton")
-        keys = ("lr", self.key("rho"))
+
+    def _put_options_on_device(self) -> None:
+        """With ``capturable``, makes ``lr`` and ``rho`` tensors that kernels read. ``rho = 0`` means unperturbed, and stays."""
+        if not self._capturable or self._keeper.resolved() not in ("cuda", "triton"):
+            return
+        device = self._keeper.kept.skips.device
         for group in self.param_groups:
-            for key in keys:
-                if backend == "cuda" and not isinstance(group[key], torch.Tensor) and group[key] > 0:
-                    group[key] = torch.tensor(group[key], dtype=torch.float32, device=self._keeper.kept.skips.device)
+            for key in ("lr", self.key("rho")):
+                value = group[key]
+                on_device = isinstance(value, torch.Tensor) and value.device == device
+                if not on_device and (key == "lr" or value > 0):
+                    group[key] = torch.tensor(float(value), dtype=torch.float32, device=device)
 
     def _warn_of_half_precision(self) -> None:
         if self.perturbation.survives_half_precision:
@@ -307,6 +319,7 @@ class SharpnessAware(OptimizerAround):
         """Takes ``own_state`` back; what is not in it starts fresh."""
         self._keeper.load_state_dict(state)
         self._t, self.evaluations = state.get("t", 0), state.get("evaluations", 0)
+        self._put_options_on_device()
 
     def restore_precision(self, state_dict: Mapping[str, Any]) -> None:
         """Puts back the float32 state of half-precision parameters."""
