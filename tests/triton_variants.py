@@ -19,9 +19,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from samkern.options import Base, Climb, ClimbGroup, Mix, MixOptions, Scaling
-from samkern.triton_kernels import common
+from samkern.reference import DIRECTIONS
+from samkern.triton_kernels import common, lists
 from samkern.triton_kernels.launch import COMPILER_OPTIONS, registers_for, types_of
-from samkern.triton_kernels.perturb import perturb_kernel
+from samkern.triton_kernels.lists import Given, Norms
+from samkern.triton_kernels.perturb import ALONG, PER_ENTRY, PER_FILTER, SIGNS, perturb_kernel
 from samkern.triton_kernels.plan import form_of_climbs, form_of_update
 from samkern.triton_kernels.restore import restore_kernel
 from samkern.triton_kernels.update import update_kernel
@@ -32,7 +34,8 @@ POINTERS = {
     **dict.fromkeys(("rows", "scalars", "skips"), "*i64"),
     **dict.fromkeys(("places", "chunks", "runs", "sem"), "*i32"),
     **dict.fromkeys(("numbers", "partials", "run_partials", "filter_squares", "sums", "report", "cache_norm"), "*fp64"),
-    "fresh": "*u8",
+    **dict.fromkeys(("out", "scale", "k", "coeff_a", "coeff_b", "clip"), "*fp64"),
+    **dict.fromkeys(("fresh", "skip", "first"), "*u8"),
 }
 
 
@@ -68,6 +71,51 @@ def restore(w):
     return restore_kernel, registers_for([w]), {"TYPES": types_of(w)}
 
 
+def list_norms(w):
+    constants = {
+        "PHASES": int(common.REDUCE | common.FOLD | common.CLOSE),
+        "FORM": Norms(True, True, int(lists.BY_ENTRY)),
+        "TYPES": types_of(w, w, other=w),
+    }
+    return lists.norms_kernel, registers_for([w], crowded=True), constants
+
+
+def list_perturb(direction, w):
+    crowded = direction == PER_FILTER
+    constants = {
+        "PHASES": int(common.REDUCE | common.APPLY if crowded else common.APPLY),
+        "DIRECTION": int(direction),
+        "TYPES": types_of(w, w),
+    }
+    return lists.climb_kernel, registers_for([w], crowded), constants
+
+
+def list_decompose(w):
+    constants = {
+        "PHASES": int(common.REDUCE | common.FOLD | common.CLOSE),
+        "TYPES": types_of(w, w, other=w, cache=w if w == FP64 else FP32),
+    }
+    return lists.decompose_kernel, registers_for([w], crowded=True), constants
+
+
+def list_combine(w):
+    return lists.combine_kernel, registers_for([w]), {"TYPES": types_of(w, w, other=w)}
+
+
+def list_update(base, w):
+    mixed = MixOptions(Mix.REUSE)
+    form = form_of_update(base, mixed, False, False, True, SCALING, True)._replace(summed=False)
+    adam = common.FOLD | common.SETTLE if base != Base.SGD else 0
+    state = FP64 if w == FP64 else FP32
+    constants = {
+        "PHASES": int(common.APPLY | adam),
+        "FORM": form,
+        "GIVEN": Given(True, True, True, True),
+        "TYPES": types_of(w, w, cache=w, state1=state, state2=state),
+    }
+    return lists.update_list_kernel, registers_for([w], True), constants
+
+
 def name_of(dtype):
     return str(dtype).removeprefix("torch.")
 
@@ -89,6 +137,19 @@ VARIANTS = {
         for mix in Mix
     },
     **{f"restore-{name_of(w)}": restore(w) for w in (FP32, BF16, FP64)},
+    **{f"list_norms-{name_of(w)}": list_norms(w) for w in (FP32, BF16, FP16, FP64)},
+    **{
+        f"list_perturb-{name}-{name_of(w)}": list_perturb(direction, w)
+        for name, direction in zip(DIRECTIONS, (ALONG, SIGNS, PER_ENTRY, PER_FILTER), strict=True)
+        for w in (FP32, BF16, FP16, FP64)
+    },
+    **{f"list_decompose-{name_of(w)}": list_decompose(w) for w in (FP32, BF16, FP16, FP64)},
+    **{f"list_combine-{name_of(w)}": list_combine(w) for w in (FP32, BF16, FP16, FP64)},
+    **{
+        f"list_update-{base.name}-{name_of(w)}": list_update(base, w)
+        for base in (Base.SGD, Base.ADAM, Base.ADAMW)
+        for w in (FP32, BF16, FP16, FP64)
+    },
 }
 
 

@@ -103,8 +103,8 @@ class Chunk(NamedTuple):
 class Types(NamedTuple):
     """What a kernel is compiled for by the dtypes of its operands. None: has no such operand.
 
-    ``other``: the second operand of the sums of a mix. ``bits``: the integer type as wide as ``w``. ``block``: elements that
-    a program has under way. ``soft_bf16``: see ``round_to``.
+    ``other``: the second operand of the sums of a mix. ``state1``, ``state2``: moments, None: in ``math``. ``bits``: the
+    integer type as wide as ``w``. ``block``: elements that a program has under way. ``soft_bf16``: see ``round_to``.
     """
 
     w: Any
@@ -115,6 +115,8 @@ class Types(NamedTuple):
     g: Any = None
     other: Any = None
     cache: Any = None
+    state1: Any = None
+    state2: Any = None
 
 
 @triton.jit
@@ -239,6 +241,15 @@ def round_to(x, DT: tl.constexpr, TYPES: tl.constexpr):
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(DT)
+
+
+@triton.jit
+def widened(x):
+    """In the math dtype of its own, since halves do not go to fp64 in one step everywhere."""
+    if x.dtype == tl.float64:
+        return x
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit

@@ -29,6 +29,7 @@ from .common import (
     only_if,
     place,
     read,
+    widened,
     write_partial,
 )
 
@@ -136,8 +137,8 @@ def filter_sums(
         e = k + tl.arange(0, COLUMNS)
         j = at[:, None] + (e // stride * (filters.count * stride) + e % stride)[None, :]
         mask = (row < n)[:, None] & (e < filters.per_filter)[None, :]
-        x = read(w + j, mask).to(TYPES.math).to(tl.float64)
-        a = read(g + j, mask).to(TYPES.math).to(tl.float64)
+        x = widened(read(w + j, mask)).to(tl.float64)
+        a = widened(read(g + j, mask)).to(tl.float64)
         ww += x * x
         aa += a * a
     norm_sq = tl.sum(aa, 1)

@@ -8,6 +8,7 @@ copy of today.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,10 +29,19 @@ class Slice(NamedTuple):
 
 
 class DeviceTables:
-    """Tables of the list ``tensors``, of param group ``group[i]`` each, and room for its sums."""
+    """Tables of the list ``tensors``, of param group ``group[i]`` each, and room for its sums.
 
-    def __init__(self, tensors: Sequence[Tensor], group: Sequence[int], device: torch.device) -> None:
-        self._device = device
+    ``roles``: what to bind at once, see ``bind``.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        group: Sequence[int],
+        device: torch.device,
+        roles: Mapping[Any, Mapping[int, Tensor]] = MappingProxyType({}),
+    ) -> None:
+        self._device, self._roles = device, roles  # copies in `roles` must outlive the launches that read them
         n = self.n_tensors = len(tensors)
         numels = [x.numel() for x in tensors]
         filters = [_filters(x) for x in tensors]
@@ -44,6 +54,8 @@ class DeviceTables:
         places = [[*group, 0], [*kinds, 0], [0] * (n + 1), first_chunk, self._first_run]
         sizes = [numels, [count for count, _ in filters], [stride for _, stride in filters], first_filter[:-1]]
         self._addresses = [[0] * n for _ in range(common.N_ADDRESSES)]
+        for row, bound in roles.items():
+            self._addresses[int(row)] = self._row_of(bound)
         self._step_kinds = [0] * n
         what = "the list of parameters is new"
         self.places = self._send(places, torch.int32, what)
@@ -58,15 +70,19 @@ class DeviceTables:
 
     def bind(self, row: Any, tensors: Mapping[int, Tensor]) -> None:
         """Gives tensors their role ``row``; the others of the list have none."""
-        addresses = [0] * self.n_tensors
-        for i, x in tensors.items():
-            addresses[i] = x.data_ptr() or _EMPTY
+        addresses = self._row_of(tensors)
         old = self._addresses[int(row)]
         if addresses != old:
             moved = next(i for i, address in enumerate(addresses) if address != old[i])
             what = f"parameter {moved}, its gradient or its state has moved"
             self.rows[int(row)].copy_(self._send(addresses, torch.int64, what))
             self._addresses[int(row)] = addresses
+
+    def _row_of(self, tensors: Mapping[int, Tensor]) -> list[int]:
+        addresses = [0] * self.n_tensors
+        for i, x in tensors.items():
+            addresses[i] = x.data_ptr() or _EMPTY
+        return addresses
 
     def bind_steps(self, steps: Mapping[int, Tensor]) -> None:
         """Adam's step counts, float32 or float64.

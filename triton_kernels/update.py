@@ -238,11 +238,11 @@ def clipping(tables, step_options, cache_norm, decision, FORM: tl.constexpr):
 
 
 @triton.jit
-def factors_of(tables, t, group, cache_norm, aa, clip, FORM: tl.constexpr):
+def factors_of(tables, t, cache_norm, aa, clip, FORM: tl.constexpr):
     """A gradient is unscaled by ``a`` where a cache is added to it, else along with the clipping."""
     one, b, inv = tl.full((), 1, tl.float64), tl.full((), 0, tl.float64), inverse_scale(tables, FORM.scaled)
     if FORM.mix == REUSE:
-        alpha = tl.load(tables.numbers + group * N_OPTIONS + ALPHA)
+        alpha = tl.load(tables.numbers + group_of(tables, t) * N_OPTIONS + ALPHA)
         if FORM.scope == TENSOR:
             b = reuse_coeff(alpha, read_sum(tables, AA, t), tl.load(cache_norm + t))
         else:
@@ -276,15 +276,15 @@ def update_block(
     else:
         x = read(source + j, mask).to(TYPES.math)
         if FORM.base == SGD:
-            x = sgd(x, u, m, j, mask, fresh, options, WITH_BUFFER)
+            x = sgd(x, u, m, j, mask, fresh, options, WITH_BUFFER, TYPES)
         else:
-            x = adam(x, u, m, v, j, mask, options)
+            x = adam(x, u, m, v, j, mask, options, TYPES)
         tl.store(w + j, round_to(x, TYPES.w, TYPES), mask=mask)
 
 
 @triton.jit
 def update_range(
-    tables, chunk, group, factors, fresh,
+    tables, chunk, factors, fresh,
     FORM: tl.constexpr, WITH_BUFFER: tl.constexpr, ALIGNED: tl.constexpr, TYPES: tl.constexpr,
 ):  # fmt: skip
     """``update_block`` over a chunk."""
@@ -297,10 +297,13 @@ def update_range(
         source = tl.where(saved != 0, saved, w_address)
     w, source = elements(w_address, lo, TYPES.w, ALIGNED), elements(source, lo, TYPES.w, ALIGNED)
     g = elements(entry(tables, GRAD, t), lo, TYPES.g, ALIGNED)
-    m = elements(entry(tables, STATE1, t), lo, MATH, ALIGNED)
-    v = elements(entry(tables, STATE2, t), lo, MATH, ALIGNED)
+    STATE1_DT: tl.constexpr = MATH if TYPES.state1 is None else TYPES.state1
+    STATE2_DT: tl.constexpr = MATH if TYPES.state2 is None else TYPES.state2
+    m = elements(entry(tables, STATE1, t), lo, STATE1_DT, ALIGNED)
+    v = elements(entry(tables, STATE2, t), lo, STATE2_DT, ALIGNED)
     cache, has_cache = elements(cache_address, lo, TYPES.cache, ALIGNED), cache_address != 0
     factors = Factors(factors.a.to(MATH), factors.b.to(MATH), factors.clip.to(MATH))
+    group = group_of(tables, t)
     options = sgd_options(tables, group, MATH)
     if FORM.base >= ADAM:
         options = adam_options(tables, group, t, FORM.base, MATH)
@@ -316,12 +319,9 @@ def update_range(
 
 
 @triton.jit
-def update_chunk(tables, chunk, cache_norm, fresh, aa, clip, FORM: tl.constexpr, TYPES: tl.constexpr):
+def update_chunk(tables, chunk, factors, fresh, FORM: tl.constexpr, TYPES: tl.constexpr):
     """With wide accesses if all that is touched is aligned, with momentum if there is a buffer."""
     t = chunk.t
-    group = group_of(tables, t)
-    is_fresh = tl.load(fresh + t) != 0
-    factors = factors_of(tables, t, group, cache_norm, aa, clip, FORM)
     m = entry(tables, STATE1, t)
     used = m | entry(tables, GRAD, t) | entry(tables, STATE2, t)
     if FORM.base != NONE:
@@ -334,9 +334,9 @@ def update_chunk(tables, chunk, cache_norm, fresh, aa, clip, FORM: tl.constexpr,
         if with_buffer == 0 or FORM.base == SGD:
             if (FORM.base != SGD) | ((m != 0) == (with_buffer == 1)):
                 if (used & 15) == 0:
-                    update_range(tables, chunk, group, factors, is_fresh, FORM, with_buffer == 1, True, TYPES)
+                    update_range(tables, chunk, factors, fresh, FORM, with_buffer == 1, True, TYPES)
                 else:
-                    update_range(tables, chunk, group, factors, is_fresh, FORM, with_buffer == 1, False, TYPES)
+                    update_range(tables, chunk, factors, fresh, FORM, with_buffer == 1, False, TYPES)
 
 
 @triton.jit
@@ -420,7 +420,8 @@ def update_kernel(
                     restore_chunk(tables, chunk, TYPES)
             if FORM.base != NONE or FORM.hands_over:
                 if only_restored == 0:
-                    update_chunk(tables, chunk, cache_norm, fresh, decision.aa, clip, FORM, TYPES)
+                    factors = factors_of(tables, chunk.t, cache_norm, decision.aa, clip, FORM)
+                    update_chunk(tables, chunk, factors, tl.load(fresh + chunk.t) != 0, FORM, TYPES)
     barrier_before(SETTLE, PHASES, sem)
     if PHASES & SETTLE:
         min_sine = tl.load(step_options + MIN_SINE)
