@@ -117,9 +117,9 @@ OPERANDS = {
     "list_perturb": (2, 2),
     "list_decompose": (2, 1),
     "list_combine": (2, 1),
-    "list_update": (3, 1),
+    "list_update": (1, 1),
 }
-ONE_PHASE = ("restore", "list_combine", "list_perturb-gradient", "list_update-SGD")
+ONE_PHASE = ("restore", "list_combine", "list_perturb", "list_update-SGD")
 
 
 def test_accesses_are_wide(compiled):
@@ -134,9 +134,23 @@ def test_accesses_are_wide(compiled):
 
 def test_barriers_release_and_acquire(compiled):
     for fact in compiled:
-        barriers = 0 if fact["name"].startswith(ONE_PHASE) else 1 if fact["name"].startswith("list_perturb") else 2
+        barriers = 0 if fact["name"].startswith(ONE_PHASE) else 2
+        barriers += fact["name"].startswith("list_perturb-filter")
         assert fact["releases"] >= barriers, fact
         assert fact["acquires"] >= barriers, fact
+
+
+def test_launches():
+    """One for each half-step and list op, and what changes from step to step compiles nothing."""
+    result = python("tests.triton_launched")
+    assert result.returncode == 0, result.stderr[-5000:]
+    lines = [line.split() for line in result.stdout.splitlines()]
+    steps = ["perturb", "restore", "perturb", "update"]
+    lists = ["norms", "list_perturb", "list_restore", "decompose", "combine", "update_sgd", "update_adamw"]
+    assert [name for name, _, _ in lines] == 3 * steps + lists
+    assert all(n_launches == "1" for _, n_launches, _ in lines)
+    n_compiled = [int(n) for _, _, n in lines]
+    assert n_compiled[:12] == [1, 1, 0, 1] + [0] * 8
 
 
 def test_importing_samkern_does_not_import_triton():
