@@ -411,7 +411,7 @@ class Steps:
         for i, cache in enumerate(self.caches):
             self.plan.bind_cache(i, cache)
         self.gradients = [[torch.zeros_like(p) for p in self.params] for _ in range(2)]
-        self.reports = []
+        self.reports, self.climbed = [], []
 
     def backward(self, t, which, factor=1.0):
         """Gradients of step ``t``, always in the same memory; some are missing."""
@@ -427,6 +427,7 @@ class Steps:
         if looks:
             self.backward(t, 0, factor)
             self.plan.perturb(climbs, True, self.reports[-1], scaling)
+            self.climbed += clones([p.detach() for p in self.params])
         self.backward(t, 1, factor)
         groups = () if self.base == Base.NONE else groups
         self.plan.update(self.base, groups, mix, looks, check, clip, self.reports[-1], scaling)
@@ -435,7 +436,7 @@ class Steps:
     def results(self):
         handed_over = [] if self.base != Base.NONE else [p.grad for p in self.params if p.grad is not None]
         tensors = [*(p.detach() for p in self.params), *self.state, *self.caches, *self.reports, *handed_over]
-        return [*tensors, self.kept.cache_norm]
+        return [*tensors, *self.climbed, self.kept.cache_norm]
 
 
 @pytest.mark.parametrize(
@@ -637,7 +638,7 @@ def test_found_inf_skips_the_step(method, base, check):
     climb, mixes = SCALED_METHODS[method]
     for first, second in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0)):
         steps = scaled_steps(base, method, Scaling(float32(2.0), found.fill_(0.0)), 2.0, n_steps=1, check=check)
-        before = clones(steps.results[: -1 if base != Base.NONE else len(steps.params)])
+        before = clones([*(p.detach() for p in steps.params), *steps.state, *steps.caches])
         climbs, groups = [ClimbGroup(climb, 0.3)], () if base == Base.NONE else [BaseGroup(0.1, **UPDATE_OPTIONS)]
         scaling, written = Scaling(float32(2.0), found), poisoned_report()
         steps.backward(1, 0)

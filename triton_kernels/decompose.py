@@ -73,9 +73,10 @@ def decompose_range(
 def forget_range(cache, lo, n, TYPES: tl.constexpr):
     """Leaves nothing to reuse."""
     forgotten = elements(cache, lo, TYPES.cache, False)
-    for i in range(tl.cdiv(n, TYPES.block)):
-        j = i * TYPES.block + tl.arange(0, TYPES.block)
-        tl.store(forgotten + j, tl.zeros((TYPES.block,), TYPES.cache), mask=j < n)
+    BLOCK: tl.constexpr = TYPES.block  # Triton 3.6 takes no field in a shape
+    for i in range(tl.cdiv(n, BLOCK)):
+        j = i * BLOCK + tl.arange(0, BLOCK)
+        tl.store(forgotten + j, tl.zeros((BLOCK,), TYPES.cache), mask=j < n)
 
 
 @triton.jit
