@@ -311,10 +311,11 @@ def test_recording_is_refused_after_a_gradient_has_moved(moved, emulated):
     assert not same_bits([p.detach() for p in params], before)
 
 
-def test_a_closure_can_be_recorded(emulated):
+@pytest.mark.parametrize("name", ["SAM", "LookSAM_tensor"])
+def test_a_closure_can_be_recorded(name, emulated):
     """As SharpnessAware describes it: some steps before, and zero_grad(set_to_none=False)."""
     net, x, y = nn.Linear(20, 1), torch.randn(64, 20), torch.randn(64, 1)
-    opt = samkern.SAM(net.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    opt = method_named(name).make(net.parameters(), MOMENTUM, capturable=True)
     alive = []  # backward never finds the place free that it took before, as in a graph's own pool
 
     def closure():
@@ -322,9 +323,10 @@ def test_a_closure_can_be_recorded(emulated):
         (net(x) - y).square().mean().backward()
         alive.append([p.grad for p in net.parameters()])
 
-    for _ in range(3):
+    for _ in range(4):
         opt.step(closure)
     emulated(capturing=True)
+    opt.step(closure)
     opt.step(closure)
 
 
