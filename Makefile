@@ -46,7 +46,7 @@ lint: $(BUILT)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	$(CLANG_FORMAT) --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/* tests/cuda_on_cpu.*
+	$(CLANG_FORMAT) --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/* tests/cuda_on_cpu.* tests/*.cu
 
 bench: $(BUILT)
 	$(RUN) -m pytest bench -q $(OPTIONS)
@@ -55,9 +55,9 @@ bench: $(BUILT)
 kernels: $(BUILT)
 	$(RUN) -m bench.kernels
 
-# On a GPU machine that has torch: builds in place with the current Python, then tests, sanitizers and benchmarks.
-gpu: build-in-place
-	PYTHONPATH=$(CURDIR) $(PYTHON) -m bench.gpu
+# On a GPU machine that has torch: builds in place with the current Python, then tests, benchmarks and sanitizers.
+gpu:
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m bench.gpu $(OPTIONS)
 
 clean:
 	rm -rf build dist *.egg-info .venv .coverage .hypothesis .mypy_cache .ruff_cache demo-results samkern/*.so samkern/_build.json samkern/triton_kernels

@@ -119,9 +119,9 @@ def extension_arguments() -> dict:
         """Leaves the facts of the build beside the library, for `python -m samkern info` and for load errors."""
 
         def run(self):
-            super().run()
             if self.inplace:
-                link_triton_kernels()
+                link_triton_kernels()  # first: they need no compiler
+            super().run()
             folder = ROOT if self.inplace else Path(self.build_lib)
             facts = {
                 "torch": torch.__version__,

@@ -9,7 +9,6 @@ inside them is the timer, for pytest-benchmark too.
 from __future__ import annotations
 
 import csv
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -22,9 +21,8 @@ import torch
 import samkern
 from samkern.backends import _build_facts
 
+from .machine import RESULTS, device_name
 from .shapes import ShapeSet
-
-RESULTS = Path(__file__).parent / "results"
 
 
 class Stopwatch:
@@ -89,16 +87,6 @@ class Row:
     samkern: str
     commit: str
     time: str
-
-
-def device_name() -> str:
-    """The processor, as a folder name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name.replace(' ', '-')}-{torch.get_num_threads()}-threads"
 
 
 class Copy:

@@ -50,13 +50,35 @@ def resnet18() -> list[Shape]:
     return [*shapes, (10, 512), (10,)]
 
 
-def vit_s16() -> list[Shape]:
-    """ViT-S/16: 152 tensors, 22.1 million parameters."""
-    d = 384
+def resnet50() -> list[Shape]:
+    """ResNet-50 for ImageNet: 161 tensors, 25.6 million parameters."""
+    shapes: list[Shape] = [(64, 3, 7, 7), (64,), (64,)]
+    width = 64
+    for inner, n_blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(n_blocks):
+            for out, n_in, size in ((inner, width, 1), (inner, inner, 3), (4 * inner, inner, 1)):
+                shapes += [(out, n_in, size, size), (out,), (out,)]
+            if block == 0:
+                shapes += [(4 * inner, width, 1, 1), (4 * inner,), (4 * inner,)]
+            width = 4 * inner
+    return [*shapes, (1000, width), (1000,)]
+
+
+def vit16(d: int) -> list[Shape]:
+    """A ViT of 12 layers on 16 x 16 patches, 152 tensors: ViT-S has d = 384 and 22.1 million parameters, ViT-B 768, 86.6."""
     shapes: list[Shape] = [(1, 1, d), (1, 197, d), (d, 3, 16, 16), (d,)]
     for _ in range(12):
         shapes += [(d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
     return [*shapes, (d,), (d,), (1000, d), (1000,)]
+
+
+def gpt2_medium() -> list[Shape]:
+    """GPT-2 medium: 292 tensors, 354.8 million parameters."""
+    d = 1024
+    shapes: list[Shape] = [(50257, d), (1024, d)]
+    for _ in range(24):
+        shapes += [(d,), (d,), (d, 3 * d), (3 * d,), (d, d), (d,), (d,), (d,), (d, 4 * d), (4 * d,), (4 * d, d), (d,)]
+    return [*shapes, (d,), (d,)]
 
 
 def ragged() -> list[Shape]:
@@ -77,10 +99,16 @@ def ragged() -> list[Shape]:
     ] * 4
 
 
-ALL = [
-    ShapeSet("ResNet-18", resnet18(), rounds=40),
-    ShapeSet("ViT-S/16", vit_s16(), rounds=30),
-    ShapeSet("2,000 x 64", [(64,)] * 2000, rounds=60),
-    ShapeSet("one of 100M", [(100_000_000,)], rounds=6),
-    ShapeSet("ragged", ragged(), rounds=40, misaligned=True),
-]
+RESNET18 = ShapeSet("ResNet-18", resnet18(), rounds=40)
+VIT_S = ShapeSet("ViT-S/16", vit16(384), rounds=30)
+TINY = ShapeSet("2,000 x 64", [(64,)] * 2000, rounds=60)
+LARGE = ShapeSet("one of 100M", [(100_000_000,)], rounds=6)
+RAGGED = ShapeSet("ragged", ragged(), rounds=40, misaligned=True)
+ALL = [RESNET18, VIT_S, TINY, LARGE, RAGGED]
+
+# Those that are measured on GPUs only.
+RESNET50 = ShapeSet("ResNet-50", resnet50(), rounds=30)
+VIT_B = ShapeSet("ViT-B/16", vit16(768), rounds=20)
+GPT2_MEDIUM = ShapeSet("GPT-2 medium", gpt2_medium(), rounds=10)
+VERY_TINY = ShapeSet("10,000 x 64", [(64,)] * 10_000, rounds=30)
+ON_GPU = [LARGE, VIT_B, RESNET50, RESNET18, TINY, GPT2_MEDIUM, VIT_S, VERY_TINY, RAGGED]  # by worth, if time is short

@@ -25,10 +25,10 @@ ADAM = {"lr": 1e-4, "eps": 1e-8, "weight_decay": 0.01}
 class Lists:
     """Operands of one candidate. Passes that write in place keep their values near where they were (small rho, small lr)."""
 
-    def __init__(self, shape_set):
-        self.w, self.g, self.b, self.saved = (shape_set.tensors() for _ in range(4))
-        self.m, self.v = ([torch.zeros_like(x) for x in self.w] for _ in range(2))
-        self.step = [torch.zeros(()) for _ in self.w]
+    def __init__(self, shape_set, make=torch.randn):
+        self.w, self.g, self.b, self.saved = (shape_set.tensors(make) for _ in range(4))
+        self.m, self.v = ([torch.zeros_like(x, dtype=torch.float32) for x in self.w] for _ in range(2))
+        self.step = [torch.zeros((), device=x.device) for x in self.w]
 
 
 def eager_norms(x):

@@ -270,8 +270,10 @@ class Plan {
     PlanView& plan = tables_.view;
     copies_.clear();
     bind_weights();
-    bind_gradients(plan.grad, options.hands_over);
-    if (options.base == Base::kNone) std::copy_n(plan.grad, params_.size(), plan.out);
+    // A gradient at w is always bound in its own row, so that tables change no more than gradients move.
+    Operand* const grads = looked ? plan.grad : plan.first;
+    bind_gradients(grads, options.hands_over);
+    if (options.base == Base::kNone) std::copy_n(grads, params_.size(), plan.out);
     if (options.mix.mix == Mix::kDecompose) bind_first();
     if (options.mix.mix != Mix::kGradient) bind_row(plan.cache, cache_);
     if (options.base != Base::kNone) bind_row(plan.state1, state1_);
@@ -279,10 +281,12 @@ class Plan {
     if (adam) bind_row(plan.step, step_);
     {
       py::gil_scoped_release unlocked;
+      PlanView view = device_ ? device_->upload(plan) : plan;
+      if (!looked) view.grad = view.first;
       if (device_) {
-        device_functions()->update(device_->upload(plan), options, index());
+        device_functions()->update(view, options, index());
       } else {
-        cpu::update(plan, options, torch_pool());
+        cpu::update(view, options, torch_pool());
       }
     }
     finish();

@@ -89,9 +89,13 @@ const PlanView& DeviceTables::upload(const PlanView& host) {
   while (begin < end && !differs(rows[begin], sent_[begin])) ++begin;
   while (begin < end && !differs(rows[end - 1], sent_[end - 1])) --end;
   if (begin < end) {
-    TORCH_CHECK(!functions->is_capturing(device_.index()), "parameter ", begin % n_tensors_,
-                ", its gradient or its state has moved since the last step, and a graph is being recorded, which would "
-                "replay the old address: take some steps before recording, and use zero_grad(set_to_none=False)");
+    if (functions->is_capturing(device_.index())) {
+      std::copy(sent_.begin(), sent_.end(), host.w);  // so that what is under way can be undone
+      TORCH_CHECK(
+          false, "parameter ", begin % n_tensors_,
+          ", its gradient or its state has moved since the last step, and a graph is being recorded, which would "
+          "replay the old address: take some steps before recording, and use zero_grad(set_to_none=False)");
+    }
     std::copy(rows + begin, rows + end, sent_.begin() + static_cast<std::ptrdiff_t>(begin));
     send(static_cast<int64_t>(begin * sizeof(Operand)), sent_.data() + begin,  // rows come first
          static_cast<int64_t>((end - begin) * sizeof(Operand)));

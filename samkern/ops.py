@@ -298,6 +298,11 @@ def _implementation(
     if torch.compiler.is_compiling() or native is None or not native.lists_fit(list(lists.values()), len(writes)):
         _check_lists(lists, writes)
     resolved = resolve(first[0].device, backend) if first else "reference"
+    if resolved == "triton" and not torch.compiler.is_compiling():
+        from .triton_kernels import ops as kernels  # imports Triton
+
+        launched: Callable[..., Any] = getattr(kernels, name)
+        return launched
     if resolved not in ("cpu", "cuda") or native is None:
         function: Callable[..., Any] = getattr(reference, name)
         return function

@@ -49,13 +49,6 @@ def host_and_device(value: float | Tensor) -> tuple[float, Tensor | None]:
     return float(value), None
 
 
-def _require_number(name: str, on_device: Tensor | None) -> None:
-    if on_device is not None:
-        raise ValueError(
-            f"{name} is a tensor on {on_device.device}: the cuda backend takes it, this one needs a number"
-        )
-
-
 class ClimbGroup(NamedTuple):
     """How one param group is perturbed. ``rho = 0``: not at all. ``rho_on_device``, if given, wins over ``rho``."""
 
@@ -67,9 +60,9 @@ class ClimbGroup(NamedTuple):
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        """A row of a table, for backends that take numbers only. Raises ``ValueError`` for a ``rho`` on the GPU."""
-        _require_number("rho", self.rho_on_device)
-        return float(self.climb), self.rho, self.eta, self.trust_clip
+        """A row of a table. A ``rho`` that only the device knows is 0 there."""
+        rho = self.rho if self.rho_on_device is None else 0.0
+        return float(self.climb), rho, self.eta, self.trust_clip, float(self.perturbs)
 
     @property
     def perturbs(self) -> bool:
@@ -96,6 +89,9 @@ class Scaling(NamedTuple):
     found_inf: Tensor | None = None
 
 
+UNSCALED = Scaling()
+
+
 class BaseGroup(NamedTuple):
     """Options of a fused base update for one param group. ``lr_on_device``, if given, wins over ``lr``."""
 
@@ -111,10 +107,9 @@ class BaseGroup(NamedTuple):
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        """A row of a table, for backends that take numbers only. Raises ``ValueError`` for an ``lr`` on the GPU."""
-        _require_number("lr", self.lr_on_device)
+        """A row of a table. An ``lr`` that only the device knows is 0 there."""
         return (
-            self.lr,
+            self.lr if self.lr_on_device is None else 0.0,
             self.weight_decay,
             self.momentum,
             self.dampening,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .backends import native
-from .options import Base, BaseGroup, ClimbGroup, MixOptions, Scaling
+from .options import UNSCALED, Base, BaseGroup, ClimbGroup, MixOptions, Scaling
 from .reference_plan import ReferencePlan
 
 
@@ -88,7 +88,7 @@ class TensorPlan(Protocol):
     def missing_cache(self) -> list[int]:
         """Parameters that have a gradient and no cache. Raises as ``missing_state`` does."""
 
-    def perturb(self, climbs: Sequence[ClimbGroup], keep: bool, report: Tensor, scaling: Scaling = ...) -> None:
+    def perturb(self, climbs: Sequence[ClimbGroup], keep: bool, report: Tensor, scaling: Scaling = UNSCALED) -> None:
         """First half-step. Takes ``p.grad`` away, and holds on to it if ``keep``. Writes all of ``report``.
 
         Everything is as if gradients with a loss scale had been divided by it before; they are not written.
@@ -106,7 +106,7 @@ class TensorPlan(Protocol):
         check: bool,
         max_grad_norm: float,
         report: Tensor,
-        scaling: Scaling = ...,
+        scaling: Scaling = UNSCALED,
     ) -> None:
         """Second half-step. ``max_grad_norm = 0``: no clipping. Writes all of ``report`` unless ``looked``.
 

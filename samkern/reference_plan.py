@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .options import Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report, Scaling, Scope
+from .options import UNSCALED, Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report, Scaling, Scope
 from .tensors import DTYPES, describe
 
 _DIRECTION = {
@@ -76,9 +76,7 @@ class ReferencePlan:
     def missing_cache(self) -> list[int]:
         return [i for i in self._gradients() if i not in self._cache]
 
-    def perturb(
-        self, climbs: Sequence[ClimbGroup], keep: bool, report: Tensor, scaling: Scaling = Scaling()
-    ) -> None:
+    def perturb(self, climbs: Sequence[ClimbGroup], keep: bool, report: Tensor, scaling: Scaling = UNSCALED) -> None:
         grads = self._gradients()
         report.zero_()
         scale, finite = self._climb_scales(grads, climbs, report, scaling)
@@ -110,14 +108,16 @@ class ReferencePlan:
         check: bool,
         max_grad_norm: float,
         report: Tensor,
-        scaling: Scaling = Scaling(),
+        scaling: Scaling = UNSCALED,
     ) -> None:
         grads = self._gradients()
         if not looked:
             report.zero_()
         inverse = self._unscale(scaling)
         sums = self._pair_sums(grads, mix.mix)
-        sums *= torch.stack([inverse * inverse, inverse, inverse * 0 + 1])[:, None] if mix.mix == Mix.REUSE else inverse**2
+        sums *= (
+            torch.stack([inverse * inverse, inverse, inverse * 0 + 1])[:, None] if mix.mix == Mix.REUSE else inverse**2
+        )
         grad_sq = sums[2] if mix.mix == Mix.DECOMPOSE else sums[0]
         skip = report[Report.SKIPPED_FIRST] != 0
         bad = self._found_inf(scaling)

@@ -1,6 +1,8 @@
 // The GPU kernels, run by fibers on the CPU, in the place of samkern._cuda. See cuda_on_cpu.h.
 #include <pybind11/pybind11.h>
 
+#include <utility>
+
 #include "../csrc/cuda/device.h"
 #include "../csrc/cuda/launchers.h"
 
@@ -28,7 +30,7 @@ DeviceFunctions functions{
       check(cuda::update_apply(plan, options, applied, stream()));
     },
     [](int) { return Machine::get().setting.n_blocks; },
-    [](int) { return false; },
+    [](int) { return Machine::get().setting.capturing; },
     /*on_host=*/true,
 };
 
@@ -51,10 +53,12 @@ void deadlock_kernel(const Nothing) {
 PYBIND11_MODULE(cuda_on_cpu, m) {
   m.def(
       "configure",
-      [](uint64_t seed, int n_blocks, bool one_launch, const std::string& without) {
-        Machine::get().setting = {seed, n_blocks, one_launch, without};
+      [](uint64_t seed, int n_blocks, bool one_launch, const std::string& without, bool capturing) {
+        Machine::get().setting = {seed, n_blocks, one_launch, without, capturing};
       },
-      py::arg("seed") = 0, py::arg("n_blocks") = 3, py::arg("one_launch") = true, py::arg("without") = "");
+      py::arg("seed") = 0, py::arg("n_blocks") = 3, py::arg("one_launch") = true, py::arg("without") = "",
+      py::arg("capturing") = false);
+  m.def("take_launches", [] { return std::exchange(Machine::get().n_launches, 0); });
   m.def("run_into_a_deadlock",
         [] { samkern::check(samkern::device::launch(samkern::deadlock_kernel, samkern::Nothing{}, 1, false, {})); });
   m.attr("functions") = py::capsule(&samkern::functions);

@@ -22,12 +22,14 @@
 
 namespace samkern::device {
 
-// How the next launches run. `without`: a synchronisation that does nothing, to see that the tests notice.
+// How the next launches run. `without`: a synchronisation that does nothing, to see that the tests notice. `capturing`:
+// launches run all the same, but the plan is told that they are being recorded.
 struct Setting {
   uint64_t seed = 0;
   int n_blocks = 3;
   bool one_launch = true;
   std::string without;
+  bool capturing = false;  // what the launcher's caller is told of its stream
 };
 
 class Machine {
@@ -38,6 +40,7 @@ class Machine {
   }
 
   Setting setting;
+  int n_launches = 0;
 
   // Runs body() in every thread of n_blocks blocks until all are done.
   template <typename Body>
@@ -273,6 +276,7 @@ inline uint16_t float_to_half(float value) {
 template <typename Args>
 const char* launch(void (*kernel)(Args), const Args& args, int n_blocks, bool together, const Stream&) {
   static std::string error;
+  ++Machine::get().n_launches;
   try {
     Machine::get().run(n_blocks, together, [&] { kernel(args); });
   } catch (const std::runtime_error& failure) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import importlib.util
@@ -38,22 +39,25 @@ def load() -> ModuleType:
 
     include = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"), TESTS)]
     flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-DSAMKERN_ON_CPU", *include]
-    with tempfile.TemporaryDirectory() as folder:
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
-        def compile_one(source: Path) -> str:
-            target = Path(folder) / f"{source.stem}.o"
-            subprocess.run([COMPILER, "-x", "c++", *flags, "-c", str(source), "-o", str(target)], check=True)
-            return str(target)
+    def compile_one(source: Path) -> str:
+        target = Path(folder) / f"{source.stem}.o"
+        subprocess.run([COMPILER, "-x", "c++", *flags, "-c", str(source), "-o", str(target)], check=True)
+        return str(target)
 
-        with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(compile_one, [*kernels.SOURCES, TESTS / "cuda_on_cpu.cpp"]))
-        library = Path(folder) / "cuda_on_cpu.so"
-        subprocess.run([COMPILER, "-shared", *objects, "-o", str(library)], check=True)
-        spec = importlib.util.spec_from_file_location("cuda_on_cpu", library)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(
+            pool.map(compile_one, [*kernels.SOURCES, TESTS / "barrier_stress.cu", TESTS / "cuda_on_cpu.cpp"])
+        )
+    library = Path(folder) / "cuda_on_cpu.so"
+    subprocess.run([COMPILER, "-shared", *objects, "-o", str(library)], check=True)
+    spec = importlib.util.spec_from_file_location("cuda_on_cpu", library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 

@@ -22,6 +22,11 @@ def dtype_name(value: object) -> str:
     return str(value).removeprefix("torch.")
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator for tensors where tests make them now."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def random_list(shapes: list[tuple[int, ...]], dtype: torch.dtype = FP32, scale: float = 1.0) -> list[Tensor]:
     return [(scale * torch.randn(shape)).to(dtype) for shape in shapes]
 

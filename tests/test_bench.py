@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
 pytest.importorskip("pytorch_optimizer")
 
-from bench import gpu, gpu_steps, peers, shapes, test_half_steps, test_passes
+from bench import peers, shapes, test_half_steps, test_passes
 from bench.harness import Candidate, Harness, stopwatch
 
 TINY = shapes.ShapeSet("tiny", [(5, 3), (), (70,), (0,)], rounds=3, misaligned=True)
@@ -100,28 +98,3 @@ def test_the_stopwatch_only_runs_inside():
     with stopwatch.running():
         sum(range(100_000))
     assert stopwatch() > before
-
-
-def test_steps_on_a_device(tmp_path, capsys):
-    """The benchmark for GPUs runs on the CPU too, and writes a row per candidate."""
-    assert gpu_steps.main(
-        ["--device", "cpu", "--rounds", "1", "--repeats", "1", "--sets", "2,000 x 64", "--out", str(tmp_path)]
-    ) == 0  # fmt: skip
-    lines = (tmp_path / "steps.csv").read_text().splitlines()
-    assert [line.split(",")[1] for line in lines[1:]][-2:] == ["foreach + fused SGD", "eager loop"]
-    assert "% of copy" in capsys.readouterr().out
-
-
-def test_a_failing_stage_does_not_hide_the_next(tmp_path):
-    stages = [
-        gpu.Stage("fails", (sys.executable, "-c", "raise SystemExit(3)"), 20),
-        gpu.Stage("hangs", (sys.executable, "-c", "import time; time.sleep(20)"), 1),
-        gpu.Stage("lacks", ("no-such-program",), 1, needs="no-such-program"),
-        gpu.Stage("passes", (sys.executable, "-c", "print('seen')"), 20),
-    ]
-    endings = [gpu.run(stage, tmp_path / f"{stage.name}.txt") for stage in stages]
-    assert endings[0].startswith("failed with 3")
-    assert endings[1].startswith("stopped after 1 s")
-    assert endings[2] == "left out: no-such-program is not here"
-    assert endings[3].startswith("passed")
-    assert (tmp_path / "passes.txt").read_text() == "seen\n"

@@ -20,12 +20,13 @@ from torch import nn
 
 import samkern
 from bench import kernels
+from samkern import ops
 from samkern.backends import native
 from samkern.options import Base, BaseGroup, Climb, ClimbGroup, MixOptions
 from samkern.plan import Kept
 
-from . import emulator
-from .lists import BF16, FP16, FP32, FP64, borders_intact, guarded_list, same_bits
+from . import barrier_stress, emulator
+from .lists import BF16, FP16, FP32, FP64, borders_intact, guarded_list, random_list, same_bits, scalar
 from .methods import BASES, METHODS, MOMENTUM, SAM, base_named, method_named
 
 ROOT = Path(__file__).parent.parent
@@ -237,6 +238,98 @@ def test_scalars_on_the_device_win(emulated):
         run((math.nan, 0.0, 0.0, tensor.double()), (0.25,))
 
 
+@pytest.mark.parametrize("name", ["SAM", "ASAM_filter", "LookSAM_tensor", "LookLayerSAM_trust"])
+@pytest.mark.parametrize("base", ["SGD", "AdamW"])
+def test_a_half_step_is_one_launch(name, base, emulated):
+    params, _ = parameters(dtype="mixed")
+    opt, take = method_named(name).make(params, base_named(base)), emulator.load().take_launches
+    for looks in (True, name != "LookSAM_tensor" and not name.startswith("LookLayer")):
+        for half in (opt.first_step, opt.second_step):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            take()
+            half()
+            assert take() == (0 if half == opt.first_step and not looks else 1)
+
+
+def test_a_pass_is_one_launch(emulated):
+    w, g, out = (random_list([(40, 3), (), (0,), (CHUNK + 1,)]) for _ in range(3))
+    one, take = scalar(1), emulator.load().take_launches
+    passes = {
+        "norms": lambda: ops.norms(w, g, out, weighting="filter", eta=0.1),
+        "restore": lambda: ops.restore(w, g),
+        "decompose": lambda: ops.decompose(out, g, w, one),
+        "combine": lambda: ops.combine(out, g, w, one, one),
+        "update_sgd": lambda: ops.update_sgd(w, g, out, lr=0.1, momentum=0.9),
+        "update_adam": lambda: ops.update_adam(w, g, out, [x.abs() for x in g], [torch.zeros(()) for _ in w], lr=0.1),
+    }
+    for name, run in passes.items():
+        take()
+        run()
+        assert take() == 1, name
+    sums = ops.norms(g, (), w)
+    take()
+    ops.perturb(w, g, out, sums=sums)
+    assert take() == 1
+
+
+def test_many_groups_are_not_recorded(emulated):
+    params = [nn.Parameter(torch.ones(3)) for _ in range(65)]
+    opt = samkern.SAM([{"params": [p]} for p in params], torch.optim.SGD, lr=0.1)
+    emulated(capturing=True)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="a graph cannot be recorded with more than 64 param groups, got 65"):
+        opt.first_step()
+    assert all(p.eq(1).all() for p in params)
+
+
+def halves_on(opt, params, first, second):
+    """A step on gradients that stay where they are, as a recorded one needs them."""
+    for grads, half in ((first, opt.first_step), (second, opt.second_step)):
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        half()
+
+
+@pytest.mark.parametrize("moved", ["first", "second"])
+def test_recording_is_refused_after_a_gradient_has_moved(moved, emulated):
+    params, _ = parameters(shapes=[(40,), (3, 3)])
+    opt = SAM.make(params, base_named("momentum"))
+    grads = {"first": [torch.randn_like(p) for p in params], "second": [torch.randn_like(p) for p in params]}
+    for _ in range(2):
+        halves_on(opt, params, **grads)
+    emulated(capturing=True)
+    halves_on(opt, params, **grads)
+    before = [p.detach().clone() for p in params]
+    elsewhere = {**grads, moved: [grad.clone() for grad in grads[moved]]}
+    with pytest.raises(RuntimeError, match="has moved since the last step, and a graph is being recorded"):
+        halves_on(opt, params, **elsewhere)
+    emulated()
+    assert same_bits([p.detach() for p in params], before)
+    halves_on(opt, params, **elsewhere)
+    assert not same_bits([p.detach() for p in params], before)
+
+
+@pytest.mark.parametrize("name", ["SAM", "LookSAM_tensor"])
+def test_a_closure_can_be_recorded(name, emulated):
+    """As SharpnessAware describes it: some steps before, and zero_grad(set_to_none=False)."""
+    net, x, y = nn.Linear(20, 1), torch.randn(64, 20), torch.randn(64, 1)
+    opt = method_named(name).make(net.parameters(), MOMENTUM, capturable=True)
+    alive = []  # backward never finds the place free that it took before, as in a graph's own pool
+
+    def closure():
+        opt.zero_grad(set_to_none=False)
+        (net(x) - y).square().mean().backward()
+        alive.append([p.grad for p in net.parameters()])
+
+    for _ in range(4):
+        opt.step(closure)
+    emulated(capturing=True)
+    opt.step(closure)
+    opt.step(closure)
+
+
 def test_a_large_tensor_is_folded_by_a_whole_block(emulated):
     """More than 32 chunks, in front of a small one."""
 
@@ -251,6 +344,48 @@ def test_a_deadlock_is_reported():
     """A grid that was launched in phases must not wait for itself, and the device says so."""
     with pytest.raises(RuntimeError, match="threads wait for ever, the first in block 0, thread 0, at block_sync"):
         emulator.load().run_into_a_deadlock()
+
+
+@pytest.fixture
+def device():
+    module = emulator.load()
+    yield module
+    module.configure()
+
+
+@pytest.fixture
+def stress(device):
+    return barrier_stress.BarrierStress(device.__file__)
+
+
+@pytest.mark.parametrize(
+    ("seed", "n_blocks", "n_rounds"), [(0, 3, 8), (1, 3, 8), (2, 1, 3), (3, 5, 6), (4, 300, 2)], ids=str
+)
+def test_the_barrier_orders_a_product_that_does_not_commute(seed, n_blocks, n_rounds, stress, device):
+    """Every block arrives at the same product, and it is the one in the order of the blocks."""
+    device.configure(seed=seed)
+    assert stress(n_blocks, n_rounds) == [barrier_stress.expected(n_blocks, n_rounds)] * n_blocks
+
+
+@pytest.mark.parametrize("without", ["grid_sync", "block_sync"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_product_shows_a_barrier_that_does_nothing(without, seed, stress, device):
+    device.configure(seed=seed, without=without)
+    assert stress(3, 8) != [barrier_stress.expected(3, 8)] * 3
+
+
+def test_the_expected_product():
+    """Against the formulas, one matrix after another."""
+    product = [1, 0, 0, 1]
+    for r in range(4):
+        so_far, result = product, [1, 0, 0, 1]
+        for b in range(5):
+            x = (so_far[1] + r) * 2654435761 + b * 2246822519
+            y = (so_far[2] + b) * 3266489917 + r * 668265263
+            (p, q, s, t), (i, j, k, m) = result, (1 + x * y, x, y, 1)
+            result = [z % 2**32 for z in (p * i + q * k, p * j + q * m, s * i + t * k, s * j + t * m)]
+        product = result
+    assert barrier_stress.expected(5, 4) == product
 
 
 # ---- compiled for GPUs
@@ -280,6 +415,21 @@ def test_kernels_use_wide_accesses_and_no_contraction(source, tmp_path):
         assert not re.search(r"(ld|st)\.v4", text), name  # generic addresses
         assert "fma.rn.f32" not in text, name
         assert not re.search(r"\.approx[.a-z]*\.f32", text), name
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", kernels.ARCHITECTURES)
+def test_the_barrier_stress_compiles(architecture, tmp_path):
+    said = kernels.compile_to("cubin", barrier_stress.SOURCE, architecture, tmp_path / "stress.cubin")
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in said
+    assert "barrier_stress_kernel" in said
+
+
+@needs_nvcc
+def test_the_barrier_stress_builds_and_loads(tmp_path):
+    """As a GPU machine does it; without a GPU there is no room for a single block."""
+    stress = barrier_stress.BarrierStress(barrier_stress.build(tmp_path, "90"))
+    assert (stress.n_blocks() > 0) == torch.cuda.is_available()
 
 
 @needs_nvcc

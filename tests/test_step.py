@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -388,6 +389,57 @@ def test_copies_train_on_alone(backend):
     assert not same_bits(weights(net), halfway)
 
 
+@pytest.mark.parametrize("with_closure", [True, False])
+@pytest.mark.parametrize("name", ["SAM", "LookSAM"])
+def test_capturable_gradients_keep_their_places(name, with_closure, backend):
+    """Two for each parameter, the first one in ``p.grad`` between steps; and the steps are the same, bit by bit."""
+    results = []
+    for capturable in (False, True):
+        net = make_net(torch.float32)
+        opt = method_named(name).make(net.parameters(), MOMENTUM, backend=backend, capturable=capturable)
+        places = {p: set() for p in net.parameters()}
+        alive = []
+
+        def backward(t, opt=opt, net=net, places=places, alive=alive):
+            closure_for(net, t, lambda: None, torch.float32)()
+            for p in net.parameters():
+                if p.grad is not None:
+                    places[p].add(p.grad.data_ptr())
+                    alive.append(p.grad)
+
+        def closure(t, opt=opt, backward=backward):
+            opt.zero_grad(set_to_none=False)
+            backward(t)
+
+        for t in range(7):
+            if with_closure:
+                opt.step(partial(closure, t))
+            else:
+                closure(t)
+                if opt.first_step():
+                    backward(t)
+                opt.second_step()
+        results.append(weights(net))
+        if capturable:
+            assert all(len(seen) == (0 if p.grad is None else 2) for p, seen in places.items())
+    assert same_bits(*results)
+
+
+def test_capturable_gradients_survive_an_exception(backend):
+    net = make_net(torch.float32)
+    opt = SAM.make(net.parameters(), MOMENTUM, backend=backend, capturable=True)
+    closure_for(net, 0, opt.zero_grad, torch.float32)()
+    before, grads = weights(net), [p.grad for p in net.parameters()]
+    values = [None if grad is None else grad.clone() for grad in grads]
+    opt.first_step()
+    assert any(p.grad is not grad for p, grad in zip(net.parameters(), grads, strict=True))
+    opt.restore()
+    assert same_bits(weights(net), before)
+    for p, grad, value in zip(net.parameters(), grads, values, strict=True):
+        assert p.grad is grad
+        assert grad is None or torch.equal(grad, value)
+
+
 def test_capturable_needs_a_fused_base():
     """On the CPU it changes nothing: there is no graph to record."""
     p = nn.Parameter(torch.ones(3))
@@ -398,7 +450,7 @@ def test_capturable_needs_a_fused_base():
 
 
 def test_numbers_that_only_a_gpu_knows():
-    """Backends that need numbers refuse tensors, instead of training on NaN."""
+    """They are never read on the host: a radius counts as positive."""
     from samkern.options import BaseGroup, Climb, ClimbGroup, host_and_device
 
     on_device = torch.ones((), device="meta")
@@ -406,8 +458,8 @@ def test_numbers_that_only_a_gpu_knows():
     assert math.isnan(number)
     assert tensor is on_device
     assert host_and_device(torch.tensor(0.5)) == (0.5, None)
-    assert ClimbGroup(Climb.EUCLIDEAN, number, rho_on_device=tensor).perturbs
-    with pytest.raises(ValueError, match="rho is a tensor on meta"):
-        ClimbGroup(Climb.EUCLIDEAN, number, rho_on_device=tensor).numbers  # noqa: B018
-    with pytest.raises(ValueError, match="lr is a tensor on meta"):
-        BaseGroup(number, lr_on_device=tensor).numbers  # noqa: B018
+    group = ClimbGroup(Climb.EUCLIDEAN, number, rho_on_device=tensor)
+    assert group.perturbs
+    assert group.numbers == (Climb.EUCLIDEAN, 0.0, 0.0, math.inf, 1.0)
+    assert not ClimbGroup(Climb.EUCLIDEAN, 0.0).perturbs
+    assert BaseGroup(number, lr_on_device=tensor).numbers == BaseGroup(0.0).numbers

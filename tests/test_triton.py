@@ -18,6 +18,7 @@ from torch import nn
 
 from samkern.backends import backends
 
+from . import barrier_stress
 from .lists import CHUNK, FP32, FP64, same_bits
 from .methods import BASES, METHODS, method_named
 
@@ -37,8 +38,9 @@ def python(*arguments, **environment):
 
 
 def test_interpreted():
-    """All of ``triton_interpreted.py``: whole optimizers against the reference, bit by bit."""
-    result = python("pytest", "-q", "-x", "--no-cov", "tests/triton_interpreted.py", TRITON_INTERPRET="1")
+    """Whole optimizers, half-steps and list ops against the reference, bit by bit."""
+    files = ("tests/triton_interpreted.py", "tests/triton_lists_interpreted.py")
+    result = python("pytest", "-q", "-x", "--no-cov", *files, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     assert "skipped" not in result.stdout.splitlines()[-1]
 
@@ -58,11 +60,28 @@ USUAL = [
     "update-ADAMW-DECOMPOSE-bfloat16",
     "update-ADAM-DECOMPOSE-float64",
     "restore-float32",
+    "perturb-EUCLIDEAN-float32-scaled",
+    "update-SGD-GRADIENT-float32-scaled",
+    "update-ADAMW-DECOMPOSE-float32-scaled",
+    "list_norms-float32",
+    "list_perturb-gradient-float32",
+    "list_perturb-filter-float32",
+    "list_decompose-float32",
+    "list_combine-float32",
+    "list_update-SGD-float32",
+    "list_update-ADAMW-bfloat16",
 ]
 
 
 # Four programs of them fit on a multiprocessor.
-LEAN = ("perturb-EUCLIDEAN-float32", "perturb-ELEMENT-float32", "update-SGD-GRADIENT-float32", "restore-float32")
+LEAN = (
+    "perturb-EUCLIDEAN-float32",
+    "perturb-ELEMENT-float32",
+    "update-SGD-GRADIENT-float32",
+    "restore-float32",
+    "list_perturb-gradient-float32",
+    "list_combine-float32",
+)
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +109,24 @@ def test_arithmetic_is_ieee(compiled):
     assert [fact for fact in compiled if fact["approximate"] or fact["fused"]] == []
 
 
+# Read and written in the widest form by every variant of a kernel.
+OPERANDS = {
+    "perturb": (2, 2),
+    "update": (2, 1),
+    "restore": (1, 1),
+    "list_norms": (3, 0),
+    "list_perturb": (2, 2),
+    "list_decompose": (2, 1),
+    "list_combine": (2, 1),
+    "list_update": (1, 1),
+}
+ONE_PHASE = ("restore", "list_combine", "list_perturb", "list_update-SGD")
+
+
 def test_accesses_are_wide(compiled):
     """16 bytes at a time: at least once per operand that the apply phase reads and writes."""
     for fact in compiled:
-        operands = {"perturb": (2, 2), "update": (2, 1), "restore": (1, 1)}[fact["name"].split("-")[0]]
+        operands = OPERANDS[fact["name"].split("-")[0]]
         if fact["name"].startswith("update-ADAMW") and fact["name"].endswith("float32"):
             operands = (5, 3)
         assert (fact["wide_loads"], fact["wide_stores"]) >= operands, fact
@@ -102,9 +135,39 @@ def test_accesses_are_wide(compiled):
 
 def test_barriers_release_and_acquire(compiled):
     for fact in compiled:
-        barriers = 0 if fact["name"].startswith("restore") else 2
+        barriers = 0 if fact["name"].startswith(ONE_PHASE) else 2
+        barriers += fact["name"].startswith("list_perturb-filter")
         assert fact["releases"] >= barriers, fact
         assert fact["acquires"] >= barriers, fact
+
+
+def test_the_barrier_stress_compiles_and_computes_what_it_should():
+    """For GPUs, where ``test_gpu.py`` runs it with all programs; in the interpreter there can only be one."""
+    result = python("tests.triton_barrier")
+    assert result.returncode == 0, result.stderr[-5000:]
+    facts = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {fact["architecture"] for fact in facts} == {80, 90}
+    for fact in facts:
+        assert fact["releases"] >= 1, fact
+        assert fact["acquires"] >= 1, fact
+        assert fact["stack"] == 0, fact
+        assert fact["registers"] <= fact["limit"], fact
+    result = python("tests.triton_barrier", TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr[-5000:]
+    assert json.loads(result.stdout) == [barrier_stress.expected(1, 6)]
+
+
+def test_launches():
+    """One for each half-step and list op, and what changes from step to step compiles nothing."""
+    result = python("tests.triton_launched")
+    assert result.returncode == 0, result.stderr[-5000:]
+    lines = [line.split() for line in result.stdout.splitlines()]
+    steps = ["perturb", "restore", "perturb", "update"]
+    lists = ["norms", "list_perturb", "list_restore", "decompose", "combine", "update_sgd", "update_adamw"]
+    assert [name for name, _, _ in lines] == 3 * steps + lists
+    assert all(n_launches == "1" for _, n_launches, _ in lines)
+    n_compiled = [int(n) for _, _, n in lines]
+    assert n_compiled[:12] == [1, 1, 0, 1] + [0] * 8
 
 
 def test_importing_samkern_does_not_import_triton():

@@ -14,11 +14,12 @@ from torch import nn
 
 import samkern
 from samkern import reference
-from samkern.options import Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report, Scope
+from samkern.options import Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report, Scaling, Scope
 from samkern.plan import Kept
 from samkern.reference_plan import ReferencePlan
-from samkern.triton_kernels import TritonPlan
-from samkern.triton_kernels.plan import climb_constants
+from samkern.triton_kernels import TritonPlan, tables
+from samkern.triton_kernels.plan import form_of_climbs
+from samkern.triton_kernels.tables import DeviceTables
 
 from .lists import (
     BF16,
@@ -325,9 +326,9 @@ def test_versions_are_bumped():
 
 
 def test_values_of_options_compile_nothing():
-    constants = climb_constants([ClimbGroup(Climb.FILTER, 0.1, 0.2)])
-    assert constants == climb_constants([ClimbGroup(Climb.FILTER, 0.0, 0.3)])
-    assert constants != climb_constants([ClimbGroup(Climb.SIGN, 0.1)])
+    form = form_of_climbs([ClimbGroup(Climb.FILTER, 0.1, 0.2)], False)
+    assert form == form_of_climbs([ClimbGroup(Climb.FILTER, 0.0, 0.3)], False)
+    assert form != form_of_climbs([ClimbGroup(Climb.SIGN, 0.1)], False)
 
 
 def test_where_it_serves():
@@ -352,3 +353,297 @@ def test_a_changed_parameter_is_not_restored():
     params[1].data = torch.ones(5)
     with pytest.raises(RuntimeError, match="changed its dtype, shape or strides while perturbed"):
         plan.restore()
+
+
+# ---- numbers that only the device knows. A CPU tensor plays the tensor on a GPU.
+
+FEW_SHAPES = [(0,), (5,), (40, 2), (7, 3, 2)]
+PLAIN = MixOptions()
+BASE_KEYS = {
+    Base.NONE: (),
+    Base.SGD: ("momentum_buffer",),
+    Base.ADAM: ("exp_avg", "exp_avg_sq", "step"),
+    Base.ADAMW: ("exp_avg", "exp_avg_sq", "step"),
+}
+
+
+def float32(value):
+    return torch.tensor(value, dtype=FP32)
+
+
+class Steps:
+    """A plan with all that it needs, made the same every time, and what is to be the same after steps on it."""
+
+    def __init__(self, base, dtypes=(FP32,), n_groups=1):
+        torch.manual_seed(0)
+        self.base = base
+        self.params = [
+            nn.Parameter(0.3 * torch.randn(shape).to(dtypes[i % len(dtypes)])) for i, shape in enumerate(FEW_SHAPES)
+        ]
+        self.kept = Kept(self.params)
+        group = [i % n_groups for i in range(len(FEW_SHAPES))]
+        self.plan = TritonPlan(self.params, group, self.kept.cache_norm, self.kept.fresh, self.kept.skips)
+        state = {
+            p: {
+                key: torch.zeros(()) if key == "step" else torch.zeros_like(p, dtype=reference.math_dtype(p.dtype))
+                for key in BASE_KEYS[base]
+            }
+            for p in self.params
+        }
+        self.plan.bind_state(state, BASE_KEYS[base])
+        self.state = [x for values in state.values() for x in values.values()]
+        self.caches = [torch.zeros_like(p, dtype=reference.math_dtype(p.dtype)) for p in self.params]
+        for i, cache in enumerate(self.caches):
+            self.plan.bind_cache(i, cache)
+        self.gradients = [[torch.zeros_like(p) for p in self.params] for _ in range(2)]
+        self.reports, self.climbed = [], []
+
+    def backward(self, t, which, factor=1.0):
+        """Gradients of step ``t``, always in the same memory; some are missing."""
+        generator = torch.Generator().manual_seed(10 * t + which)
+        for i, (p, grad) in enumerate(zip(self.params, self.gradients[which], strict=True)):
+            grad.copy_(torch.randn(p.shape, generator=generator).to(p.dtype) * factor)
+            p.grad = None if i == 1 and which == t % 2 else grad
+
+    @torch.no_grad()
+    def step(self, t, climbs, groups, mix=PLAIN, scaling=Scaling(), factor=1.0, check=True, clip=0.0):
+        self.reports.append(poisoned_report())
+        looks = mix.mix != Mix.REUSE
+        if looks:
+            self.backward(t, 0, factor)
+            self.plan.perturb(climbs, True, self.reports[-1], scaling)
+            self.climbed += clones([p.detach() for p in self.params])
+        self.backward(t, 1, factor)
+        groups = () if self.base == Base.NONE else groups
+        self.plan.update(self.base, groups, mix, looks, check, clip, self.reports[-1], scaling)
+
+    @property
+    def results(self):
+        handed_over = [] if self.base != Base.NONE else [p.grad for p in self.params if p.grad is not None]
+        tensors = [*(p.detach() for p in self.params), *self.state, *self.caches, *self.reports, *handed_over]
+        return [*tensors, *self.climbed, self.kept.cache_norm]
+
+
+@pytest.mark.parametrize(
+    ("climb", "base"),
+    [*((climb, Base.SGD) for climb in Climb), (Climb.EUCLIDEAN, Base.ADAM), (Climb.EUCLIDEAN, Base.ADAMW)],
+)
+def test_lr_and_rho_on_the_device(climb, base):
+    """Equal to numbers, follow the tensor, win over the number beside them, and are per group."""
+    runs = [Steps(base, n_groups=2) for _ in range(2)]
+    rho, lr = float32(0.0), float32(0.0)
+    for t in range(2):
+        rho.fill_(0.3 / (t + 1))
+        lr.fill_(0.1 * (t + 1))
+        options = {"momentum": 0.9, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.01}
+        climbs = [ClimbGroup(climb, 0.2, 0.01), ClimbGroup(climb, 0.7, 0.01, 0.5, rho_on_device=rho)]
+        runs[0].step(t, climbs, [BaseGroup(0.05, **options), BaseGroup(9.0, **options, lr_on_device=lr)])
+        climbs[1] = ClimbGroup(climb, float(rho), 0.01, 0.5)
+        runs[1].step(t, climbs, [BaseGroup(0.05, **options), BaseGroup(float(lr), **options)])
+    assert same_bits(runs[0].results, runs[1].results)
+
+
+@torch.no_grad()
+def test_a_radius_of_zero_on_the_device_counts_in_the_norm():
+    """The host cannot know that it is zero: as in the reference, weights are saved and climb by nothing."""
+    results = []
+    for plan, params, _ in make_plans(SHAPES):
+        before, report = clones([p.detach() for p in params]), poisoned_report()
+        plan.perturb([ClimbGroup(Climb.LAYER, math.nan, 0.1, rho_on_device=float32(0.0))], True, report)
+        assert all(torch.equal(p.detach(), old) for p, old in zip(params, before, strict=True))
+        results.append(report[[Report.GRAD_NORM, Report.PERTURB_NORM]])
+    assert results[0][1] > 0
+    torch.testing.assert_close(*results, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [torch.tensor(0.1, dtype=FP64), torch.ones(2), torch.ones((), device="meta")],
+    ids=["dtype", "entries", "device"],
+)
+def test_scalars_on_the_device_are_checked(wrong):
+    steps = Steps(Base.SGD)
+    climbs, groups = [ClimbGroup(Climb.EUCLIDEAN, 0.1)], [BaseGroup(0.1)]
+    message = r"must be a float32 tensor of one entry on cpu, got torch.float\d\d \([2,]*\) on (cpu|meta)"
+    with pytest.raises(ValueError, match=f"rho {message}"):
+        steps.step(0, [ClimbGroup(Climb.EUCLIDEAN, 0.1, rho_on_device=wrong)], groups)
+    with pytest.raises(ValueError, match=f"grad_scale {message}"):
+        steps.step(0, climbs, groups, scaling=Scaling(wrong))
+    with pytest.raises(ValueError, match=f"lr {message}"):
+        steps.step(0, climbs, [BaseGroup(0.1, lr_on_device=wrong)])
+    steps.plan.restore()
+    with pytest.raises(ValueError, match=f"found_inf {message}"):
+        steps.step(0, climbs, groups, scaling=Scaling(None, wrong))
+
+
+def test_only_what_changed_is_uploaded(monkeypatch):
+    """A step at the same addresses uploads nothing, whatever the numbers at these addresses are."""
+    steps, sent, send = Steps(Base.ADAM), [], DeviceTables._send
+    rho, lr, scale = float32(0.1), float32(0.1), Scaling(float32(4.0), float32(0.0))
+    monkeypatch.setattr(DeviceTables, "_send", lambda *args: sent.append(args[-1]) or send(*args))
+
+    def step(t, mix, rho=rho, lr=lr, weight_decay=0.0):
+        sent.clear()
+        for each in (rho, lr):
+            each.mul_(0.5)
+        groups = [BaseGroup(0.0, weight_decay, beta1=0.9, beta2=0.9, eps=1e-8, lr_on_device=lr)]
+        steps.step(t, [ClimbGroup(Climb.EUCLIDEAN, 0.0, rho_on_device=rho)], groups, mix, scale)
+        return list(sent)
+
+    for t in (0, 2):
+        assert all(step(t, mix) for mix in LOOK) == (t == 0)
+    assert [step(t, mix) for t in (4, 6) for mix in LOOK] == [[]] * 4
+    assert step(8, LOOK[0], rho=float32(0.1)) == ["a tensor of grad_scale, found_inf, rho has moved"]
+    assert step(10, LOOK[0], lr=float32(0.1))[-1] == "a tensor of grad_scale, found_inf, lr has moved"
+    assert step(12, LOOK[1], weight_decay=0.1)[-1] == "options of the update (reuse) have changed"
+    moved = "parameter 1, its gradient or its state has moved"
+    assert step(13, LOOK[0])[-2:] == [moved, moved]  # missing in the other half
+
+
+def test_while_a_graph_is_recorded_nothing_may_move(monkeypatch):
+    """It would replay today's copy. What does not move can be recorded; what failed can be undone."""
+    recording = []
+    monkeypatch.setattr(tables, "is_capturing", lambda device: bool(recording))
+    advice = r"since the last step, and a graph is being recorded, which would not follow: take some steps before "
+    advice += r"recording, and use zero_grad\(set_to_none=False\)"
+    steps = Steps(Base.SGD, n_groups=2)
+    climbs, groups = [ClimbGroup(Climb.EUCLIDEAN, 0.1)] * 2, [BaseGroup(0.1, momentum=0.9)] * 2
+    steps.step(0, climbs, groups)
+    steps.step(2, climbs, groups)
+    before, fresh = clones([p.detach() for p in steps.params]), Steps(Base.SGD)
+
+    def refused(what, action):
+        recording.append(True)
+        with pytest.raises(RuntimeError, match=f"{what} {advice}"):
+            action()
+        steps.plan.restore()
+        recording.clear()
+        assert same_bits(before, [p.detach() for p in steps.params])
+        assert not steps.plan.perturbed
+
+    def step_with(climbs=climbs, groups=groups, scaling=Scaling()):
+        return lambda: steps.step(4, climbs, groups, scaling=scaling)
+
+    filters = [ClimbGroup(Climb.FILTER, 0.1)] * 2
+    refused("options of the climb have changed", step_with(climbs=[ClimbGroup(Climb.EUCLIDEAN, 0.2)] * 2))
+    refused(r"options of the update \(gradient\) have changed", step_with(groups=[BaseGroup(0.2, momentum=0.9)] * 2))
+    refused("a tensor of grad_scale, found_inf, rho has moved", step_with(scaling=Scaling(float32(1.0))))
+    refused("parameter 0, its gradient or its state has moved", step_with(groups=[BaseGroup(0.1), groups[1]]))
+    steps.step(4, climbs, groups)
+    before = clones([p.detach() for p in steps.params])
+    original = steps.gradients[1][3]
+    steps.gradients[1][3] = original.clone()
+    refused("parameter 3, its gradient or its state has moved", step_with())
+    steps.gradients[1][3] = original
+    refused("parameter 1 was not perturbed", lambda: fresh.plan._room_for([1]))
+    refused("the perturbation has changed", lambda: steps.plan._tables.filter_squares(True))
+    refused("the list of parameters is new", lambda: Steps(Base.SGD))
+    steps.step(0, filters, groups)
+    steps.step(2, filters, groups)
+    recording.append(True)
+    steps.step(4, filters, groups)
+
+
+def test_capturable_makes_tensors_of_lr_and_rho():
+    """Of every group, also of those that come later; ``rho = 0`` stays a number, and says that a group is not perturbed."""
+    runs = []
+    for capturable in (True, False):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(4)) for _ in range(3)]
+        lr, rho = (0.1, 0.3) if capturable else (float(float32(0.1)), float(float32(0.3)))
+        opt = samkern.SAM(params[:1], torch.optim.SGD, lr=lr, rho=rho, backend="triton", capturable=capturable)
+        opt.add_param_group({"params": params[1:2], "rho": 0.0})
+        opt.add_param_group({"params": params[2:], "lr": 0.0})
+        for t in range(3):
+            opt.step(scripted(params, t))
+        runs.append((opt, params))
+    opt, params = runs[0]
+    assert all(isinstance(group["lr"], torch.Tensor) for group in opt.param_groups)
+    assert [isinstance(group["rho"], torch.Tensor) for group in opt.param_groups] == [True, False, True]
+    assert opt.param_groups[1]["rho"] == 0.0
+    assert same_bits(*[[p.detach() for p in params] for _, params in runs])
+    opt.load_state_dict(runs[1][0].state_dict())
+    assert [isinstance(group["rho"], torch.Tensor) for group in opt.param_groups] == [True, False, True]
+
+
+# ---- a loss scale
+
+LOOK = [MixOptions(Mix.DECOMPOSE, Scope.GLOBAL, 1e-3), MixOptions(Mix.REUSE, alpha=[0.7])]
+LOOK_TENSOR = [MixOptions(Mix.DECOMPOSE, Scope.TENSOR, 1e-3), MixOptions(Mix.REUSE, Scope.TENSOR, alpha=[0.7])]
+SCALED_METHODS = {
+    **{climb.name.lower(): (climb, [PLAIN]) for climb in Climb},
+    "LookSAM": (Climb.EUCLIDEAN, LOOK),
+    "LookSAM_tensor": (Climb.EUCLIDEAN, LOOK_TENSOR),
+}
+UPDATE_OPTIONS = {"weight_decay": 0.01, "momentum": 0.9, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
+
+
+def scaled_steps(base, method, scaling, factor, n_steps=2, dtypes=(FP32,), **options):
+    climb, mixes = SCALED_METHODS[method]
+    steps = Steps(base, dtypes)
+    groups = [BaseGroup(0.1, **UPDATE_OPTIONS)]
+    for t in range(n_steps):
+        mix = mixes[t % len(mixes)]
+        steps.step(t, [ClimbGroup(climb, 0.3, 0.01, 0.5)], groups, mix, scaling, factor, **options)
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("method", "base", "clip"),
+    [
+        *((method, Base.SGD, 0.0) for method in SCALED_METHODS),
+        *((method, Base.ADAMW, 0.5) for method in ("euclidean", "filter", "LookSAM", "LookSAM_tensor")),
+        *((method, Base.NONE, clip) for method in ("euclidean", "LookSAM") for clip in (0.0, 0.5)),
+    ],
+)
+def test_a_power_of_two_as_loss_scale_changes_no_bit(method, base, clip):
+    dtypes = DTYPES if base == Base.ADAMW else (FP32,)
+    plain = scaled_steps(base, method, Scaling(), 1.0, clip=clip, dtypes=dtypes)
+    scaled = scaled_steps(base, method, Scaling(float32(64.0), float32(0.0)), 64.0, clip=clip, dtypes=dtypes)
+    assert plain.kept.skips == 0
+    assert same_bits(plain.results, scaled.results)
+
+
+@pytest.mark.parametrize("base", [Base.SGD, Base.ADAMW, Base.NONE], ids=lambda base: base.name)
+@pytest.mark.parametrize("method", ["euclidean", "LookSAM"])
+def test_any_loss_scale(method, base):
+    plain = scaled_steps(base, method, Scaling(), 1.0)
+    scaled = scaled_steps(base, method, Scaling(float32(3.0)), 3.0)
+    for a, b in zip(plain.results, scaled.results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "base", "check"),
+    [("LookSAM", Base.SGD, False), ("euclidean", Base.ADAMW, True), ("euclidean", Base.NONE, False)],
+)
+def test_found_inf_skips_the_step(method, base, check):
+    """Whichever half of the step finds it, and where no gradient is looked at, too."""
+    found, report = float32(0.0), Report.SKIPPED_FIRST
+    climb, mixes = SCALED_METHODS[method]
+    for first, second in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0)):
+        steps = scaled_steps(base, method, Scaling(float32(2.0), found.fill_(0.0)), 2.0, n_steps=1, check=check)
+        before = clones([*(p.detach() for p in steps.params), *steps.state, *steps.caches])
+        climbs, groups = [ClimbGroup(climb, 0.3)], () if base == Base.NONE else [BaseGroup(0.1, **UPDATE_OPTIONS)]
+        scaling, written = Scaling(float32(2.0), found), poisoned_report()
+        steps.backward(1, 0)
+        found.fill_(first)
+        with torch.no_grad():
+            steps.plan.perturb(climbs, True, written, scaling)
+        assert same_bits(before[: len(steps.params)], [p.detach() for p in steps.params]) == bool(first)
+        assert written[report:].tolist() == [first, 0.0]
+        steps.backward(1, 1)
+        handed = clones([p.grad for p in steps.params if p.grad is not None])
+        found.fill_(second)
+        with torch.no_grad():
+            steps.plan.update(base, groups, mixes[0], True, check, 0.0, written, scaling)
+        assert same_bits(before, steps.results[: len(before)])
+        assert same_bits(handed, [p.grad for p in steps.params if p.grad is not None])
+        assert written[report:].tolist() == [first, 1.0 - first]
+        assert steps.kept.skips == 1
+        if mixes[-1].mix == Mix.GRADIENT:  # without a look
+            with torch.no_grad():
+                steps.plan.update(base, groups, mixes[-1], False, check, 0.0, written, Scaling(None, found.fill_(1.0)))
+            assert written[report:].tolist() == [1.0, 0.0]
+            assert steps.kept.skips == 2
+            assert same_bits(before, steps.results[: len(before)])

@@ -18,77 +18,102 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from samkern.options import Base, Climb, ClimbGroup, Mix
-from samkern.triton_kernels import common
-from samkern.triton_kernels.perturb import perturb_kernel
-from samkern.triton_kernels.plan import (
-    COMPILER_OPTIONS,
-    TYPES,
-    climb_constants,
-    element_constants,
-    registers_for,
-    width_of,
-)
-from samkern.triton_kernels.update import restore_kernel, update_kernel
+from samkern.options import Base, Climb, ClimbGroup, Mix, MixOptions, Scaling
+from samkern.reference import DIRECTIONS
+from samkern.triton_kernels import common, lists
+from samkern.triton_kernels.launch import COMPILER_OPTIONS, registers_for, types_of
+from samkern.triton_kernels.lists import Given, Norms
+from samkern.triton_kernels.perturb import ALONG, PER_ENTRY, PER_FILTER, SIGNS, perturb_kernel
+from samkern.triton_kernels.plan import form_of_climbs, form_of_update
+from samkern.triton_kernels.restore import restore_kernel
+from samkern.triton_kernels.update import update_kernel
 
 ARCHITECTURES = (80, 90)
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 POINTERS = {
-    **dict.fromkeys(("rows", "skips"), "*i64"),
-    **dict.fromkeys(("places", "chunks", "runs", "sem"), "*i32"),
-    **dict.fromkeys(("options", "partials", "run_partials", "filter_squares", "sums", "report", "cache_norm"), "*fp64"),
-    "fresh": "*u8",
+    **dict.fromkeys(("rows", "scalars", "skips"), "*i64"),
+    **dict.fromkeys(("places", "chunks", "runs", "sem", "matrices", "products"), "*i32"),
+    **dict.fromkeys(("numbers", "partials", "run_partials", "filter_squares", "sums", "report", "cache_norm"), "*fp64"),
+    **dict.fromkeys(("out", "scale", "k", "coeff_a", "coeff_b", "clip"), "*fp64"),
+    **dict.fromkeys(("fresh", "skip", "first"), "*u8"),
 }
 
 
-def perturb(climb, w):
+SCALING = Scaling(torch.ones(()), torch.zeros(()))
+
+
+def perturb(climb, w, scaled=False):
     half = w.itemsize == 2
     together = common.REDUCE | common.FOLD | common.APPLY | (common.CLOSE if half else 0)
-    registers = registers_for([w], crowded=climb == Climb.FILTER)
-    return (
-        perturb_kernel,
-        registers,
-        {
-            **element_constants(w),
-            **climb_constants([ClimbGroup(climb, 0.1)]),
-            "PHASES": int(together),
-            "HALVES": half,
-            "G_DT": TYPES[w],
-            "SOFT_BF16": False,
-        },
-    )
+    constants = {
+        "PHASES": int(together),
+        "FORM": form_of_climbs([ClimbGroup(climb, 0.1)], half, scaled),
+        "TYPES": types_of(w, w),
+    }
+    return perturb_kernel, registers_for([w], climb == Climb.FILTER, scaled), constants
 
 
-def update(base, mix, w, cache=FP32, clips=False):
+def update(base, mix, w, cache=FP32, clips=False, scaling=Scaling()):
     together = (
         common.REDUCE | common.FOLD | common.APPLY | common.SETTLE | (common.CLOSE if mix == Mix.DECOMPOSE else 0)
     )
     cache = FP64 if w == FP64 else cache
-    registers = registers_for([w], crowded=mix != Mix.GRADIENT or base != Base.SGD)
-    return (
-        update_kernel,
-        registers,
-        {
-            **element_constants(w),
-            "PHASES": int(together),
-            "BASE": int(base),
-            "MIX": int(mix),
-            "SCOPE": 0,
-            "LOOKED": mix != Mix.REUSE,
-            "CHECK": True,
-            "CLIPS": clips,
-            "HANDS_OVER": base == Base.NONE and (clips or mix == Mix.REUSE),
-            "G_DT": TYPES[w],
-            "OTHER_DT": TYPES[w if mix == Mix.DECOMPOSE else cache],
-            "CACHE_DT": TYPES[cache],
-            "BITS": width_of(w),
-            "SOFT_BF16": False,
-        },
-    )
+    constants = {
+        "PHASES": int(together),
+        "FORM": form_of_update(base, MixOptions(mix), mix != Mix.REUSE, True, clips, scaling, mix != Mix.REUSE),
+        "TYPES": types_of(w, w, other=w if mix == Mix.DECOMPOSE else cache, cache=cache),
+    }
+    crowded = mix != Mix.GRADIENT or base != Base.SGD
+    return update_kernel, registers_for([w], crowded, constants["FORM"].scaled), constants
 
 
 def restore(w):
-    return restore_kernel, registers_for([w]), {"BITS": width_of(w), "BLOCK": element_constants(w)["BLOCK"]}
+    return restore_kernel, registers_for([w]), {"TYPES": types_of(w)}
+
+
+def list_norms(w):
+    constants = {
+        "PHASES": int(common.REDUCE | common.FOLD | common.CLOSE),
+        "FORM": Norms(True, True, int(lists.BY_ENTRY)),
+        "TYPES": types_of(w, w, other=w),
+    }
+    return lists.norms_kernel, registers_for([w], crowded=True), constants
+
+
+def list_perturb(direction, w):
+    crowded = direction == PER_FILTER
+    constants = {
+        "PHASES": int(common.REDUCE | common.APPLY if crowded else common.APPLY),
+        "DIRECTION": int(direction),
+        "TYPES": types_of(w, w),
+    }
+    return lists.climb_kernel, registers_for([w], crowded), constants
+
+
+def list_decompose(w):
+    constants = {
+        "PHASES": int(common.REDUCE | common.FOLD | common.CLOSE),
+        "TYPES": types_of(w, w, other=w, cache=w if w == FP64 else FP32),
+    }
+    return lists.decompose_kernel, registers_for([w], crowded=True), constants
+
+
+def list_combine(w):
+    return lists.combine_kernel, registers_for([w]), {"TYPES": types_of(w, w, other=w)}
+
+
+def list_update(base, w):
+    mixed = MixOptions(Mix.REUSE)
+    form = form_of_update(base, mixed, False, False, True, SCALING, True)._replace(summed=False)
+    adam = common.FOLD | common.SETTLE if base != Base.SGD else 0
+    state = FP64 if w == FP64 else FP32
+    constants = {
+        "PHASES": int(common.APPLY | adam),
+        "FORM": form,
+        "GIVEN": Given(True, True, True, True),
+        "TYPES": types_of(w, w, cache=w, state1=state, state2=state),
+    }
+    return lists.update_list_kernel, registers_for([w], True), constants
 
 
 def name_of(dtype):
@@ -105,7 +130,26 @@ VARIANTS = {
     },
     "update-SGD-REUSE-float32-clipped-bf16-cache": update(Base.SGD, Mix.REUSE, FP32, BF16, clips=True),
     "update-ADAM-DECOMPOSE-float32-bf16-cache": update(Base.ADAM, Mix.DECOMPOSE, FP32, BF16),
+    **{f"perturb-{c.name}-float32-scaled": perturb(c, FP32, True) for c in Climb},
+    **{
+        f"update-{base.name}-{mix.name}-float32-scaled": update(base, mix, FP32, scaling=SCALING)
+        for base in Base
+        for mix in Mix
+    },
     **{f"restore-{name_of(w)}": restore(w) for w in (FP32, BF16, FP64)},
+    **{f"list_norms-{name_of(w)}": list_norms(w) for w in (FP32, BF16, FP16, FP64)},
+    **{
+        f"list_perturb-{name}-{name_of(w)}": list_perturb(direction, w)
+        for name, direction in zip(DIRECTIONS, (ALONG, SIGNS, PER_ENTRY, PER_FILTER), strict=True)
+        for w in (FP32, BF16, FP16, FP64)
+    },
+    **{f"list_decompose-{name_of(w)}": list_decompose(w) for w in (FP32, BF16, FP16, FP64)},
+    **{f"list_combine-{name_of(w)}": list_combine(w) for w in (FP32, BF16, FP16, FP64)},
+    **{
+        f"list_update-{base.name}-{name_of(w)}": list_update(base, w)
+        for base in (Base.SGD, Base.ADAM, Base.ADAMW)
+        for w in (FP32, BF16, FP16, FP64)
+    },
 }
 
 

@@ -1,9 +1,11 @@
 """The passes in Triton, installed as ``samkern.triton_kernels``: for GPUs where the CUDA extension is not built.
 
-``plan`` holds the tables and launches; ``reduce``, ``perturb`` and ``update`` are the kernels, a family each, over what
-``common`` gives all of them. With ``TRITON_INTERPRET=1`` in the environment before Triton is imported, the same kernels run
-on CPU tensors in Triton's interpreter, to be tested without a GPU. Importing this package imports Triton; samkern does so
-when a plan on this backend is made.
+``plan`` runs the half-steps: ``tables`` holds what they read, ``launch`` starts kernels. ``perturb``, ``update`` and
+``restore`` are the kernels, over what ``common`` gives all of them: ``reduce`` sums, ``decompose`` keeps the cache, ``base``
+steps. ``ops`` runs list ops on ``lists``.
+
+With ``TRITON_INTERPRET=1`` in the environment before Triton is imported, the same kernels run on CPU tensors in Triton's
+interpreter, to be tested without a GPU. Importing this package imports Triton; samkern does so when this backend is used.
 """
 
 from .plan import TritonPlan

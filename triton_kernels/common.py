@@ -10,12 +10,15 @@ Tables (``n`` tensors; a row of ``rows`` and ``sums`` is ``n`` entries, one of `
 ``places``   int32    param group, kind of number, first chunk and first run of filters, of each tensor
 ``chunks``   int32    tensor, then index within it, of each chunk of this launch
 ``runs``     int32    tensor, then first filter, then number of filters, of each run of this launch
-``options``  float64  a row per param group, then one for the step
+``numbers``  float64  options: a row per param group, then one for the step
+``scalars``  int64    addresses of float32 on the device, 0: none. Of the loss scale, then of one option per param group
 ``partials`` float64  a row per sum, one entry per chunk of the whole list
 ``sums``     float64  the same per tensor, and what is computed from them once
+
+No argument of a kernel may be called ``options``: Triton's launcher has an argument of that name, and does not compile then.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -65,11 +68,55 @@ MOVED_SQ, MOVED_EPS, EPS_SQ = AA, AB, BB
 GRAD_NORM, SECOND_NORM, UPDATE_NORM, PERTURB_NORM = (constant(i) for i in range(4))
 REALISED_NORM, REALISED_SHARE, SKIPPED_FIRST, SKIPPED_SECOND = (constant(i) for i in range(4, 8))
 
+# Entries of `scalars`. FOUND_INF is not 0 where gradients under a loss scale were not finite.
+GRAD_SCALE, FOUND_INF, FIRST_GROUP = (constant(i) for i in range(3))
+
 LARGEST_FP32 = constant(3.4028234663852886e38)
 LARGEST_FP64 = constant(1.7976931348623157e308)
 
 # A fold sums this many tensors at a time, this many chunks each.
 FOLD_TENSORS, FOLD_CHUNKS, LANES = constant(4), constant(64), constant(256)
+
+
+class Tables(NamedTuple):
+    """The tables that parts of a kernel share, and their sizes."""
+
+    rows: Any
+    places: Any
+    numbers: Any
+    scalars: Any
+    partials: Any
+    sums: Any
+    n_tensors: Any
+    n_all_chunks: Any
+
+
+class Chunk(NamedTuple):
+    """A chunk of this launch: tensor, first element, number of elements, place among the partial sums."""
+
+    t: Any
+    lo: Any
+    n: Any
+    place: Any
+
+
+class Types(NamedTuple):
+    """What a kernel is compiled for by the dtypes of its operands. None: has no such operand.
+
+    ``other``: the second operand of the sums of a mix. ``state1``, ``state2``: moments, None: in ``math``. ``bits``: the
+    integer type as wide as ``w``. ``block``: elements that a program has under way. ``soft_bf16``: see ``round_to``.
+    """
+
+    w: Any
+    math: Any
+    bits: Any
+    block: int
+    soft_bf16: bool
+    g: Any = None
+    other: Any = None
+    cache: Any = None
+    state1: Any = None
+    state2: Any = None
 
 
 @triton.jit
@@ -111,18 +158,63 @@ def share(n_chunks):
 
 
 @triton.jit
-def locate(chunks, rows, places, n_tensors, n_chunks, c):
-    """Tensor, first element, number of elements, and place among the partial sums, of chunk ``c`` of this launch."""
+def locate(chunks, tables, n_chunks, c):
+    """Chunk ``c`` of this launch."""
     t = tl.load(chunks + c)
     index = tl.load(chunks + n_chunks + c)
     lo = index.to(tl.int64) * CHUNK
-    n = tl.minimum(tl.load(rows + NUMEL * n_tensors + t) - lo, CHUNK).to(tl.int32)
-    return t, lo, n, tl.load(places + FIRST_CHUNK * (n_tensors + 1) + t) + index
+    n = tl.minimum(entry(tables, NUMEL, t) - lo, CHUNK).to(tl.int32)
+    return Chunk(t, lo, n, tl.load(tables.places + FIRST_CHUNK * (tables.n_tensors + 1) + t) + index)
 
 
 @triton.jit
-def group_of(places, n_tensors, t):
-    return tl.load(places + GROUP * (n_tensors + 1) + t)
+def entry(tables, ROW: tl.constexpr, t):
+    """Row ``ROW`` of ``rows`` for tensor ``t``: an address, or a size."""
+    return tl.load(tables.rows + ROW * tables.n_tensors + t)
+
+
+@triton.jit
+def entries(tables, ROW: tl.constexpr, t):
+    """The same for a block of tensors, zero beyond the end."""
+    return tl.load(tables.rows + ROW * tables.n_tensors + t, mask=t < tables.n_tensors, other=0)
+
+
+@triton.jit
+def place(tables, ROW: tl.constexpr, t):
+    """Row ``ROW`` of ``places`` for a block of tensors, zero beyond the end."""
+    return tl.load(tables.places + ROW * (tables.n_tensors + 1) + t, mask=t < tables.n_tensors, other=0)
+
+
+@triton.jit
+def group_of(tables, t):
+    return tl.load(tables.places + GROUP * (tables.n_tensors + 1) + t)
+
+
+@triton.jit
+def scalar(tables, i, number):
+    """Entry ``i`` of ``scalars``, in fp64, or ``number`` if it has no address."""
+    address = tl.load(tables.scalars + i)
+    value = tl.load(address.to(tl.pointer_type(tl.float32)), mask=address != 0, other=0.0)
+    return tl.where(address != 0, value.to(tl.float64), number)
+
+
+@triton.jit
+def inverse_scale(tables, SCALED: tl.constexpr):
+    """By which gradients are to be multiplied: 1 without a loss scale."""
+    one = tl.full((), 1, tl.float64)
+    if SCALED:
+        return one / scalar(tables, GRAD_SCALE, one)
+    else:
+        return one
+
+
+@triton.jit
+def found_inf(tables, SCALED: tl.constexpr):
+    """Whether gradients were found not to be finite when the loss scale was checked."""
+    if SCALED:
+        return scalar(tables, FOUND_INF, tl.full((), 0, tl.float64)) != 0
+    else:
+        return tl.full((), 0, tl.int1)
 
 
 @triton.jit
@@ -138,17 +230,26 @@ def elements(address, lo, DT: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def round_to(x, DT: tl.constexpr, SOFT_BF16: tl.constexpr):
+def round_to(x, DT: tl.constexpr, TYPES: tl.constexpr):
     """``x`` in dtype ``DT``, to nearest even. fp64 goes to the half types through fp32, as in torch."""
     if DT.primitive_bitwidth == 16:
         x = x.to(tl.float32)
-    if SOFT_BF16 and tl.bfloat16 == DT:
+    if TYPES.soft_bf16 and tl.bfloat16 == DT:
         # The interpreter truncates where hardware rounds.
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x != x, bits | 0x00400000, bits + 0x7FFF + ((bits >> 16) & 1))
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(DT)
+
+
+@triton.jit
+def widened(x):
+    """In the math dtype of its own, since halves do not go to fp64 in one step everywhere."""
+    if x.dtype == tl.float64:
+        return x
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
@@ -201,12 +302,30 @@ def read(p, mask):
 
 
 @triton.jit
-def read_sum(sums, n_tensors, ROW: tl.constexpr, t):
+def read_sum(tables, ROW: tl.constexpr, t):
     """Row ``ROW`` of ``sums`` for tensor ``t``. ``.cg``: other programs wrote it in this launch, and L1 is not coherent."""
-    return tl.load(sums + ROW * n_tensors + t, cache_modifier=".cg")
+    return tl.load(tables.sums + ROW * tables.n_tensors + t, cache_modifier=".cg")
 
 
 @triton.jit
-def read_sums(sums, n, ROW: tl.constexpr, t):
+def read_sums(tables, ROW: tl.constexpr, t):
     """The same for a block of tensors, zero beyond the end."""
-    return tl.load(sums + ROW * n + t, mask=t < n, other=0.0, cache_modifier=".cg")
+    there = t < tables.n_tensors
+    return tl.load(tables.sums + ROW * tables.n_tensors + t, mask=there, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def write_sums(tables, ROW: tl.constexpr, t, values):
+    tl.store(tables.sums + ROW * tables.n_tensors + t, values, mask=t < tables.n_tensors)
+
+
+@triton.jit
+def write_partial(tables, ROW: tl.constexpr, chunk, value):
+    tl.store(tables.partials + ROW * tables.n_all_chunks + chunk.place, value)
+
+
+@triton.jit
+def read_partials(tables, ROW: tl.constexpr, c):
+    """Row ``ROW`` of ``partials`` for a block of chunks, zero beyond the end."""
+    there = c < tables.n_all_chunks
+    return tl.load(tables.partials + ROW * tables.n_all_chunks + c, mask=there, other=0.0, cache_modifier=".cg")

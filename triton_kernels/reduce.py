@@ -3,6 +3,8 @@
 Products of fp32 numbers are exact in fp64, so only the order of additions differs between backends: norms agree to 1e-12.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -10,21 +12,45 @@ from .common import (
     AA,
     AB,
     BB,
+    FILTER_COUNT,
+    FILTER_FIRST,
+    FILTER_STRIDE,
     FIRST_CHUNK,
     FIRST_RUN,
     FOLD_CHUNKS,
     FOLD_TENSORS,
+    NUMEL,
     TT,
     WW,
     constant,
     elements,
+    entry,
     lane_sums,
     only_if,
+    place,
     read,
+    widened,
+    write_partial,
 )
 
 # What a climb's norm needs beside the gradient: nothing, the norm of the weights, or (|w| + eta) on every entry.
 GRADIENT_ONLY, WITH_WEIGHTS, WEIGHED = (constant(i) for i in range(3))
+
+
+class Filters(NamedTuple):
+    """The dim-0 slices of a tensor: how many, the distance of neighbours, entries of each, and where T^2 of each goes."""
+
+    count: Any
+    stride: Any
+    per_filter: Any
+    squares: Any
+
+
+@triton.jit
+def filters_of(tables, filter_squares, t):
+    count, first = entry(tables, FILTER_COUNT, t), entry(tables, FILTER_FIRST, t)
+    per_filter = entry(tables, NUMEL, t) // tl.where(count > 0, count, 1)
+    return Filters(count, entry(tables, FILTER_STRIDE, t), per_filter, filter_squares + first)
 
 
 @triton.jit
@@ -42,36 +68,23 @@ def gradient_block(g, w, eta, j, mask, aa, ww, tt, needs: tl.constexpr, LANE: tl
 
 
 @triton.jit
-def gradient_sums(
-    g,
-    w,
-    eta,
-    lo,
-    n,
-    partial,
-    n_all_chunks,
-    needs: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    W_DT: tl.constexpr,
-    G_DT: tl.constexpr,
-    MATH: tl.constexpr,
-):
+def gradient_sums(tables, chunk, g, w, eta, needs: tl.constexpr, ALIGNED: tl.constexpr, TYPES: tl.constexpr):
     """Partial sums of a chunk of gradient: ``g^2``, and where the climb asks for it ``w^2`` or ``((|w| + eta) g)^2``."""
-    g = elements(g, lo, G_DT, ALIGNED)
-    w = elements(w, lo, W_DT, ALIGNED)
+    g = elements(g, chunk.lo, TYPES.g, ALIGNED)
+    w = elements(w, chunk.lo, TYPES.w, ALIGNED)
+    BLOCK: tl.constexpr = TYPES.block
+    LANE: tl.constexpr = 128 // TYPES.g.primitive_bitwidth
     o = tl.arange(0, BLOCK)
-    LANE: tl.constexpr = 128 // G_DT.primitive_bitwidth
     aa = tl.zeros((BLOCK // LANE,), tl.float64)
     ww = tl.zeros((BLOCK // LANE,), tl.float64)
     tt = tl.zeros((BLOCK // LANE,), tl.float64)
-    for i in range(n // BLOCK):  # unmasked: a mask of unknown length costs the 16-byte loads
-        aa, ww, tt = gradient_block(g, w, eta, i * BLOCK + o, None, aa, ww, tt, needs, LANE, MATH)
-    j = n // BLOCK * BLOCK + o
-    aa, ww, tt = gradient_block(g, w, eta, j, j < n, aa, ww, tt, needs, LANE, MATH)
-    tl.store(partial + AA * n_all_chunks, tl.sum(aa, 0))
-    tl.store(partial + WW * n_all_chunks, tl.sum(ww, 0))
-    tl.store(partial + TT * n_all_chunks, tl.sum(tt, 0))
+    for i in range(chunk.n // BLOCK):  # unmasked: a mask of unknown length costs the 16-byte loads
+        aa, ww, tt = gradient_block(g, w, eta, i * BLOCK + o, None, aa, ww, tt, needs, LANE, TYPES.math)
+    j = chunk.n // BLOCK * BLOCK + o
+    aa, ww, tt = gradient_block(g, w, eta, j, j < chunk.n, aa, ww, tt, needs, LANE, TYPES.math)
+    write_partial(tables, AA, chunk, tl.sum(aa, 0))
+    write_partial(tables, WW, chunk, tl.sum(ww, 0))
+    write_partial(tables, TT, chunk, tl.sum(tt, 0))
 
 
 @triton.jit
@@ -82,78 +95,55 @@ def pair_block(a, b, j, mask_a, mask_b, aa, ab, bb, LANE: tl.constexpr, MATH: tl
 
 
 @triton.jit
-def pair_sums(
-    a,
-    b,
-    lo,
-    n,
-    partial,
-    n_all_chunks,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    A_DT: tl.constexpr,
-    B_DT: tl.constexpr,
-    MATH: tl.constexpr,
-):
+def pair_sums(tables, chunk, a, b, ALIGNED: tl.constexpr, A_DT: tl.constexpr, B_DT: tl.constexpr, TYPES: tl.constexpr):
     """Partial sums of a chunk of two operands, ``a^2``, ``a b`` and ``b^2``. One that is missing counts as zero."""
+    BLOCK: tl.constexpr = TYPES.block
+    LANE: tl.constexpr = 128 // A_DT.primitive_bitwidth
     has_a = only_if(a != 0, tl.full((BLOCK,), 1, tl.int1))  # one value for a block leaves its loads wide
     has_b = only_if(b != 0, tl.full((BLOCK,), 1, tl.int1))
-    a = elements(a, lo, A_DT, ALIGNED)
-    b = elements(b, lo, B_DT, ALIGNED)
+    a = elements(a, chunk.lo, A_DT, ALIGNED)
+    b = elements(b, chunk.lo, B_DT, ALIGNED)
     o = tl.arange(0, BLOCK)
-    LANE: tl.constexpr = 128 // A_DT.primitive_bitwidth
     aa = tl.zeros((BLOCK // LANE,), tl.float64)
     ab = tl.zeros((BLOCK // LANE,), tl.float64)
     bb = tl.zeros((BLOCK // LANE,), tl.float64)
-    for i in range(n // BLOCK):
-        aa, ab, bb = pair_block(a, b, i * BLOCK + o, has_a, has_b, aa, ab, bb, LANE, MATH)
-    j = n // BLOCK * BLOCK + o
-    aa, ab, bb = pair_block(a, b, j, has_a & (j < n), has_b & (j < n), aa, ab, bb, LANE, MATH)
-    tl.store(partial + AA * n_all_chunks, tl.sum(aa, 0))
-    tl.store(partial + AB * n_all_chunks, tl.sum(ab, 0))
-    tl.store(partial + BB * n_all_chunks, tl.sum(bb, 0))
+    for i in range(chunk.n // BLOCK):
+        aa, ab, bb = pair_block(a, b, i * BLOCK + o, has_a, has_b, aa, ab, bb, LANE, TYPES.math)
+    j = chunk.n // BLOCK * BLOCK + o
+    inside = j < chunk.n
+    aa, ab, bb = pair_block(a, b, j, has_a & inside, has_b & inside, aa, ab, bb, LANE, TYPES.math)
+    write_partial(tables, AA, chunk, tl.sum(aa, 0))
+    write_partial(tables, AB, chunk, tl.sum(ab, 0))
+    write_partial(tables, BB, chunk, tl.sum(bb, 0))
 
 
 @triton.jit
 def filter_sums(
-    w,
-    g,
-    eta,
-    stride,
-    count,
-    per_filter,
-    first,
-    n,
-    squares,
-    partial,
-    n_all_runs,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    W_DT: tl.constexpr,
-    G_DT: tl.constexpr,
-    MATH: tl.constexpr,
-):
+    w, g, eta, filters, first, n, partial, n_all_runs,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TYPES: tl.constexpr,
+):  # fmt: skip
     """Sums of ``g^2`` and ``(T g)^2`` over ``n`` <= ``ROWS`` neighbouring filters, and T^2 of each, T = norm(w_f) + eta.
 
     Entry e of filter f lies at ``(e / stride) * count * stride + f * stride + e % stride``: filters are dim-0 slices of a
     dense tensor in any order of dimensions.
     """
-    w, g = w.to(tl.pointer_type(W_DT)), g.to(tl.pointer_type(G_DT))
+    w, g = w.to(tl.pointer_type(TYPES.w)), g.to(tl.pointer_type(TYPES.g))
+    stride = filters.stride
     row = tl.arange(0, ROWS)
     at = (first + row).to(tl.int64) * stride
     ww = tl.zeros((ROWS, COLUMNS), tl.float64)
     aa = tl.zeros((ROWS, COLUMNS), tl.float64)
-    for k in range(0, per_filter, COLUMNS):
+    for k in range(0, filters.per_filter, COLUMNS):
         e = k + tl.arange(0, COLUMNS)
-        j = at[:, None] + (e // stride * (count * stride) + e % stride)[None, :]
-        mask = (row < n)[:, None] & (e < per_filter)[None, :]
-        x = read(w + j, mask).to(MATH).to(tl.float64)
-        a = read(g + j, mask).to(MATH).to(tl.float64)
+        j = at[:, None] + (e // stride * (filters.count * stride) + e % stride)[None, :]
+        mask = (row < n)[:, None] & (e < filters.per_filter)[None, :]
+        x = widened(read(w + j, mask)).to(tl.float64)
+        a = widened(read(g + j, mask)).to(tl.float64)
         ww += x * x
         aa += a * a
     norm_sq = tl.sum(aa, 1)
     t = tl.sqrt(tl.sum(ww, 1)) + eta
-    tl.store(squares + first + row, t * t, mask=row < n)
+    tl.store(filters.squares + first + row, t * t, mask=row < n)
     tl.store(partial, tl.sum(norm_sq, 0))
     tl.store(partial + n_all_runs, tl.sum(t * t * norm_sq, 0))
 
@@ -170,16 +160,21 @@ def fold_row(partials, begin, end):
 
 
 @triton.jit
-def fold_chunks(partials, places, n_tensors, ROW: tl.constexpr, n_all_chunks, t):
+def fold_chunks(tables, ROW: tl.constexpr, t):
     """Row ``ROW`` of the partial sums of tensors ``t``, over their chunks in the order of their indices."""
-    first = places + FIRST_CHUNK * (n_tensors + 1) + t
-    begin = tl.load(first, mask=t < n_tensors, other=0)
-    return fold_row(partials + ROW * n_all_chunks, begin, tl.load(first + 1, mask=t < n_tensors, other=0))
+    begin, end = borders(tables, FIRST_CHUNK, t)
+    return fold_row(tables.partials + ROW * tables.n_all_chunks, begin, end)
 
 
 @triton.jit
-def fold_runs(run_partials, places, n_tensors, t):
+def fold_runs(run_partials, tables, t):
     """The same over runs of filters."""
-    first = places + FIRST_RUN * (n_tensors + 1) + t
-    begin = tl.load(first, mask=t < n_tensors, other=0)
-    return fold_row(run_partials, begin, tl.load(first + 1, mask=t < n_tensors, other=0))
+    begin, end = borders(tables, FIRST_RUN, t)
+    return fold_row(run_partials, begin, end)
+
+
+@triton.jit
+def borders(tables, ROW: tl.constexpr, t):
+    """First chunk or run of tensors ``t``, and the first that is no longer theirs."""
+    end = tl.load(tables.places + ROW * (tables.n_tensors + 1) + t + 1, mask=t < tables.n_tensors, other=0)
+    return place(tables, ROW, t), end

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -25,6 +26,14 @@ def at_least_int(name: str, value: int, bound: int) -> None:
     """Raises ``ValueError`` unless ``value`` is an integer ``>= bound``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < bound:
         raise ValueError(f"{name} must be an integer >= {bound}, got {value!r}")
+
+
+def one_number_on(name: str, value: Any, device: torch.device) -> None:
+    """Raises ``ValueError`` unless ``value`` is None or a float32 tensor of one entry on ``device``."""
+    sound = isinstance(value, Tensor) and value.dtype == torch.float32 and value.numel() == 1 and value.device == device
+    if value is not None and not sound:
+        got = f"{value.dtype} {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"{name} must be a float32 tensor of one entry on {device}, got {got}")
 
 
 def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:

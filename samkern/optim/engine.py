@@ -23,8 +23,9 @@ from ..batchnorm import frozen_running_stats
 from ..options import Base, Mix, MixOptions, Report, Scaling
 from .around import OptimizerAround
 from .base import fused_rule, make_base
-from .checks import at_least, one_of
+from .checks import at_least, one_number_on, one_of
 from .explain import explain
+from .fixed_gradients import FixedGradients
 from .keeper import PlanKeeper, parameters_of
 from .perturbation import Euclidean, Perturbation
 from .record import StepRecord
@@ -69,8 +70,9 @@ class SharpnessAware(OptimizerAround):
         cache_dtype: ``torch.float32`` or ``torch.bfloat16`` for what ``reuse`` keeps (float32: float64 for float64 weights).
         share_rng: gives both passes the same random numbers (dropout masks). Only with ``step(closure)``.
         capturable: for recording steps in a CUDA graph: ``lr`` and ``rho`` of the groups become tensors on the GPU, which
-            a replay reads anew (change them by ``fill_``, as torch's schedulers do). Warm up some steps before recording,
-            with ``zero_grad(set_to_none=False)``; with ``k > 1``, record a step that looks and one that does not.
+            a replay reads anew (change them by ``fill_``, as torch's schedulers do). Gradients keep their places: those of
+            second passes have memory of their own, and after a step ``p.grad`` is the first. Warm up some steps before
+            recording, with ``zero_grad(set_to_none=False)``; with ``k > 1``, record a step that looks and one that does not.
         nonfinite: "skip": a step with a NaN or infinite gradient changes nothing. "ignore": only the first gradient of a
             look is checked, which costs nothing.
         backend: name of the backend that runs the passes; by default the fastest one. See ``samkern.backends()``.
@@ -90,12 +92,14 @@ class SharpnessAware(OptimizerAround):
     """
 
     # Not pickled or copied: what belongs to the process, or to a step under way.
-    _TRANSIENT = frozenset({"_pending", "_frozen", "last_step", "grad_scale", "found_inf"})
+    _TRANSIENT = frozenset({"_pending", "_frozen", "_fixed", "last_step", "grad_scale", "found_inf"})
 
     # A loss scale and an overflow flag, as torch.amp.GradScaler gives them to optimizers that undo the scale themselves:
     # float32 tensors of one entry on the parameters' device. Read in both halves of a step.
     grad_scale: torch.Tensor | None = None
     found_inf: torch.Tensor | None = None
+
+    _capturable = False  # in optimizers that an earlier version has pickled
 
     perturbation: Perturbation
     schedule: Schedule
@@ -135,8 +139,10 @@ class SharpnessAware(OptimizerAround):
         self._keeper = PlanKeeper(base, backend, cache_dtype)
         super().__init__(base, options, not_per_group=("k", "scope", "min_sine"))
         self.evaluations = self._t = 0
+        self._capturable = capturable
         if capturable:
-            self._make_capturable()
+            self._check_capturable()
+            self._put_options_on_device()
         self._warn_of_half_precision()
 
     @torch.no_grad()
@@ -219,7 +225,11 @@ class SharpnessAware(OptimizerAround):
         record = StepRecord(looks, 2 if looks else 1, self._has_gradients(), report)
         if looks:
             climbs = [self.perturbation.climb(self.options(group)) for group in self.param_groups]
+            if self._capturable:
+                self._fixed.set_aside(parameters_of(self.base))
             plan.perturb(climbs, keep or self.reuse is not None, report, self._scaling)
+            if self._capturable:
+                self._fixed.lend()
             if self.model is not None:
                 self._frozen.enter_context(frozen_running_stats(self.model))
         self._pending = record
@@ -242,10 +252,13 @@ class SharpnessAware(OptimizerAround):
 
     @property
     def _scaling(self) -> Scaling:
+        for name in Scaling._fields:
+            one_number_on(name, getattr(self, name), self._keeper.kept.skips.device)
         return Scaling(self.grad_scale, self.found_inf)
 
     def _finish(self) -> None:
         self._pending = None
+        self._fixed.give_back()
         self._frozen.close()
 
     def _has_gradients(self) -> bool:
@@ -273,19 +286,29 @@ class SharpnessAware(OptimizerAround):
         if self.reuse is not None:
             self.reuse.check(options)
 
-    def _make_capturable(self) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; the new group may override our options. Between the two halves of a step it raises."""
+        super().add_param_group(param_group)
+        self._put_options_on_device()
+
+    def _check_capturable(self) -> None:
         rule, why = fused_rule(self.base)
         if rule is None:
             raise ValueError(
                 f"capturable=True needs a fused update: {why}, and whether to step is then asked on the host"
             )
-        if (backend := self._keeper.resolved()) == "triton":
-            raise ValueError("capturable=True runs on the cuda backend; this optimizer's is triton")
-        keys = ("lr", self.key("rho"))
+
+    def _put_options_on_device(self) -> None:
+        """With ``capturable``, makes ``lr`` and ``rho`` tensors that kernels read. ``rho = 0`` means unperturbed, and stays."""
+        if not self._capturable or self._keeper.resolved() not in ("cuda", "triton"):
+            return
+        device = self._keeper.kept.skips.device
         for group in self.param_groups:
-            for key in keys:
-                if backend == "cuda" and not isinstance(group[key], torch.Tensor) and group[key] > 0:
-                    group[key] = torch.tensor(group[key], dtype=torch.float32, device=self._keeper.kept.skips.device)
+            for key in ("lr", self.key("rho")):
+                value = group[key]
+                on_device = isinstance(value, torch.Tensor) and value.device == device
+                if not on_device and (key == "lr" or value > 0):
+                    group[key] = torch.tensor(float(value), dtype=torch.float32, device=device)
 
     def _warn_of_half_precision(self) -> None:
         if self.perturbation.survives_half_precision:
@@ -318,6 +341,7 @@ class SharpnessAware(OptimizerAround):
         """Takes ``own_state`` back; what is not in it starts fresh."""
         self._keeper.load_state_dict(state)
         self._t, self.evaluations = state.get("t", 0), state.get("evaluations", 0)
+        self._put_options_on_device()
 
     def restore_precision(self, state_dict: Mapping[str, Any]) -> None:
         """Puts back the float32 state of half-precision parameters."""
@@ -325,6 +349,7 @@ class SharpnessAware(OptimizerAround):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._pending, self.last_step, self._frozen = None, None, contextlib.ExitStack()
+        self._fixed = FixedGradients()
         super().__setstate__(state)
 
     @classmethod

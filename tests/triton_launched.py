@@ -1,0 +1,92 @@
+"""Launches that stop before the GPU: kernels are called as a step calls them, and compiled for a GPU that is not there.
+
+Run by ``test_triton.py`` in a process without TRITON_INTERPRET: ``python -m tests.triton_launched`` prints a line for each
+half-step and list op: its name, its launches, and how many kernels had to be compiled. Ahead-of-time compilation and the
+interpreter do not show what is wrong with the arguments of a launch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from samkern.options import Base, BaseGroup, Climb, ClimbGroup, MixOptions, Report
+from samkern.plan import Kept
+from samkern.triton_kernels import TritonPlan, launch, ops, plan, tables
+
+from .lists import FP64, scalar
+
+
+class NoGpu:
+    """A driver that compiles."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+launches, compiled = [], set()
+
+
+def run(kernel, device, arguments, work, registers, **constants):
+    binary = kernel.warmup(*arguments, grid=(1,), maxnreg=registers, **launch.COMPILER_OPTIONS, **constants)
+    launches.append(kernel.fn.__name__)
+    compiled.add(binary.hash)
+
+
+def show(name, function, *args, **options):
+    launches.clear()
+    before = len(compiled)
+    function(*args, **options)
+    print(name, len(launches), len(compiled) - before)
+
+
+def half_steps():
+    params = [nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(3, 4))]
+    kept, report = Kept(params), torch.zeros(len(Report), dtype=FP64)
+    made = TritonPlan(params, [0, 0], kept.cache_norm, kept.fresh, kept.skips)
+    made.bind_state({}, ("momentum_buffer",))
+    for t, on_device in enumerate((None, None, torch.ones(()))):
+        for half in ("perturb", "restore", "perturb", "update"):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            arguments = {
+                "perturb": ([ClimbGroup(Climb.EUCLIDEAN, 0.1 * t + 0.1, rho_on_device=on_device)], False, report),
+                "restore": (),
+                "update": (
+                    *(Base.SGD, [BaseGroup(0.1 * t + 0.1, lr_on_device=on_device)], MixOptions()),
+                    *(True, True, 0.0, report),
+                ),
+            }
+            show(half, getattr(made, half), *arguments[half])
+
+
+def list_ops():
+    w, g, saved, c, m, v = ([torch.ones(n) for n in (3, 2)] for _ in range(6))
+    steps, parts = [torch.zeros(()) for _ in w], {"clip": scalar(1), "skip": torch.tensor(False), "saved": saved}
+    mixed = {"cache": c, "coeff_a": scalar(1), "coeff_b": scalar(1)}
+    show("norms", ops.norms, g, w, w, weighting="filter", eta=0.1)
+    show("list_perturb", ops.perturb, w, g, saved, torch.ones(2, dtype=FP64), direction="filter")
+    show("list_restore", ops.restore, w, saved)
+    show("decompose", ops.decompose, c, g, w, scalar(1))
+    show("combine", ops.combine, c, g, w, scalar(1), scalar(1))
+    first = torch.tensor([True, False])
+    show("update_sgd", ops.update_sgd, w, g, m, lr=0.1, momentum=0.9, first=first, **parts, **mixed)
+    adam = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+    show("update_adamw", ops.update_adamw, w, g, m, v, steps, lr=0.1, **adam, **parts)
+
+
+if __name__ == "__main__":
+    driver.set_active(NoGpu())
+    plan.check_device = ops.check_device = lambda device: None
+    plan.run = ops.run = run
+    tables.is_capturing = lambda device: False
+    half_steps()
+    list_ops()

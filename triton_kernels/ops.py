@@ -1,0 +1,319 @@
+"""The functions of ``samkern.reference`` over the kernels of ``lists``: one launch for each combination of dtypes.
+
+Same arguments, same bits. Coefficients stay on the device: nothing is read back. Tables are made anew in every call, which
+``TritonPlan`` spares an optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from ..options import Base, BaseGroup, Mix, Scope
+from ..reference import DIRECTIONS, SUMS, WEIGHTINGS, Parts, math_dtype
+from ..tensors import is_dense
+from . import common
+from .launch import check_device, registers_for, run, run_phases, types_of
+from .lists import (
+    Given,
+    Norms,
+    climb_kernel,
+    combine_kernel,
+    decompose_kernel,
+    norms_kernel,
+    update_list_kernel,
+)
+from .perturb import ALONG, PER_ENTRY, PER_FILTER, SIGNS
+from .restore import restore_kernel
+from .tables import DeviceTables, Slice, laid_out_like
+from .update import Update
+
+Tensors = Sequence[Tensor]
+
+_DIRECTIONS = dict(zip(DIRECTIONS, (ALONG, SIGNS, PER_ENTRY, PER_FILTER), strict=True))
+
+
+def norms(a: Tensors, b: Tensors = (), w: Tensors = (), *, weighting: str = "gradient", eta: float = 0.0) -> Tensor:
+    """As ``reference.norms``."""
+    a = [x if is_dense(x) else x.contiguous() for x in a]
+    tables = _tables(a, {common.FIRST: a, common.GRAD: b, common.W: w})
+    numbers = tables.numbers("norms", [eta])
+    out = torch.empty(len(SUMS), len(a) + 1, dtype=torch.float64, device=a[0].device)
+    by_filter = weighting == "filter"
+    form = Norms(bool(b), bool(w), WEIGHTINGS.index(weighting))
+    squares = tables.filter_squares(by_filter)
+
+    def launch(part: Slice, phases: int) -> None:
+        first, second, weights = part.dtypes
+        n_chunks, n_runs = part.chunks.shape[1], part.runs.shape[1]
+        run(
+            norms_kernel,
+            out.device,
+            [
+                *(tables.rows, tables.places, part.chunks, part.runs, numbers, tables.partials),
+                *(tables.run_partials, squares, out, tables.sem),
+                *(len(a), n_chunks, tables.n_chunks, n_runs, tables.n_runs),
+            ],
+            max(n_chunks, n_runs),
+            registers_for(part.dtypes, crowded=True),
+            PHASES=phases,
+            FORM=form,
+            TYPES=types_of(weights, first, other=second),
+        )
+
+    phases = int(common.REDUCE) | int(common.FOLD) | int(common.CLOSE)
+    run_phases(launch, tables.slices("norms", _combinations(a, b or a, w or a)), phases)
+    return out
+
+
+def perturb(
+    w: Tensors, g: Tensors, saved: Tensors, scale: Tensor, *, direction: str = "gradient", eta: float = 0.0
+) -> None:
+    """As ``reference.perturb``."""
+    tables = _tables(w, {common.W: w, common.FIRST: g, common.SAVED: saved})
+    numbers, by_filter = tables.numbers("perturb", [eta]), direction == "filter"
+    scale, squares = _on_device(scale, w[0].device), tables.filter_squares(by_filter)
+
+    def launch(part: Slice, phases: int) -> None:
+        n_chunks, n_runs = part.chunks.shape[1], part.runs.shape[1]
+        run(
+            climb_kernel,
+            scale.device,
+            [
+                *(tables.rows, tables.places, part.chunks, part.runs, numbers, scale, _step(scale)),
+                *(tables.run_partials, squares, tables.sem, len(w), n_chunks, n_runs, tables.n_runs),
+            ],
+            max(n_chunks, n_runs),
+            registers_for(part.dtypes, crowded=by_filter),
+            PHASES=phases,
+            DIRECTION=int(_DIRECTIONS[direction]),
+            TYPES=types_of(*part.dtypes),
+        )
+
+    phases = int(common.APPLY) | (int(common.REDUCE) if by_filter else 0)
+    run_phases(launch, tables.slices("perturb", _combinations(w, g)), phases)
+    _mark_written(w, saved)
+
+
+def restore(w: Tensors, saved: Tensors) -> None:
+    """As ``reference.restore``."""
+    tables = _tables(w, {common.W: w, common.SAVED: saved})
+
+    def launch(part: Slice, _: int) -> None:
+        n_chunks = part.chunks.shape[1]
+        arguments = (tables.rows, tables.places, part.chunks, len(w), n_chunks)
+        registers = registers_for(part.dtypes)
+        run(restore_kernel, w[0].device, arguments, n_chunks, registers, TYPES=types_of(*part.dtypes))
+
+    run_phases(launch, tables.slices("restore", _combinations(w)), int(common.APPLY))
+    _mark_written(w)
+
+
+def decompose(c: Tensors, g: Tensors, g_s: Tensors, k: Tensor) -> Tensor:
+    """As ``reference.decompose``."""
+    tables = _tables(c, {common.CACHE: c, common.FIRST: g, common.GRAD: g_s})
+    k = _on_device(k, c[0].device)
+    out = torch.empty(len(c) + 1, dtype=torch.float64, device=k.device)
+
+    def launch(part: Slice, phases: int) -> None:
+        cache, first, second = part.dtypes
+        n_chunks = part.chunks.shape[1]
+        run(
+            decompose_kernel,
+            out.device,
+            [
+                *(tables.rows, tables.places, part.chunks, k, _step(k), tables.partials, out, tables.sem),
+                *(len(c), n_chunks, tables.n_chunks),
+            ],
+            n_chunks,
+            registers_for(part.dtypes, crowded=True),
+            PHASES=phases,
+            TYPES=types_of(second, second, other=first, cache=cache),
+        )
+
+    phases = int(common.REDUCE) | int(common.FOLD) | int(common.CLOSE)
+    run_phases(launch, tables.slices("decompose", _combinations(c, g, g_s)), phases)
+    _mark_written(c)
+    return out
+
+
+def combine(u: Tensors, a: Tensors, b: Tensors, coeff_a: Tensor, coeff_b: Tensor) -> None:
+    """As ``reference.combine``."""
+    tables = _tables(u, {common.W: u, common.GRAD: a, common.CACHE: b})
+    coeff_a, coeff_b = _on_device(coeff_a, u[0].device), _on_device(coeff_b, u[0].device)
+
+    def launch(part: Slice, _: int) -> None:
+        out, first, second = part.dtypes
+        n_chunks = part.chunks.shape[1]
+        coefficients = (coeff_a, _step(coeff_a), coeff_b, _step(coeff_b))
+        run(
+            combine_kernel,
+            coeff_a.device,
+            (tables.rows, tables.places, part.chunks, *coefficients, len(u), n_chunks),
+            n_chunks,
+            registers_for(part.dtypes),
+            TYPES=types_of(out, first, other=second),
+        )
+
+    run_phases(launch, tables.slices("combine", _combinations(u, a, b)), int(common.APPLY))
+    _mark_written(u)
+
+
+def update_sgd(
+    w: Tensors,
+    u: Tensors,
+    momentum_buffer: Tensors,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    first: Tensor | None = None,
+    **parts: Unpack[Parts],
+) -> None:
+    """As ``reference.update_sgd``."""
+    group = BaseGroup(lr, weight_decay, momentum, dampening, nesterov)
+    moments = [momentum_buffer] if momentum != 0 else []
+    _update(Base.SGD, group, w, u, moments, (), first, parts)
+
+
+def update_adam(
+    w: Tensors,
+    u: Tensors,
+    exp_avg: Tensors,
+    exp_avg_sq: Tensors,
+    step: Tensors,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool = False,
+    **parts: Unpack[Parts],
+) -> None:
+    """As ``reference.update_adam``."""
+    group = BaseGroup(lr, weight_decay, beta1=beta1, beta2=beta2, eps=eps)
+    # Kernels advance float steps beside the weights; others (torch keeps them on the CPU) are copied there and back.
+    steps = [t if _is_advanced_in_place(t, x) else t.to(x.device, torch.float64) for t, x in zip(step, w, strict=True)]
+    _update(Base.ADAMW if decoupled else Base.ADAM, group, w, u, [exp_avg, exp_avg_sq], steps, None, parts)
+    for t, advanced in zip(step, steps, strict=True):
+        if t is not advanced:
+            t.copy_(advanced)
+
+
+def update_adamw(w: Tensors, u: Tensors, exp_avg: Tensors, exp_avg_sq: Tensors, step: Tensors, **options: Any) -> None:
+    """As ``reference.update_adamw``."""
+    update_adam(w, u, exp_avg, exp_avg_sq, step, decoupled=True, **options)
+
+
+def _update(
+    base: Base,
+    group: BaseGroup,
+    w: Tensors,
+    u: Tensors,
+    moments: Sequence[Tensors],
+    steps: Tensors,
+    first: Tensor | None,
+    parts: Parts,
+) -> None:
+    saved, cache = parts.get("saved") or (), parts.get("cache") or ()
+    clip, skip = parts.get("clip"), parts.get("skip")
+    coeff_a, coeff_b = parts.get("coeff_a"), parts.get("coeff_b")
+    device, mixes = w[0].device, bool(cache) and coeff_a is not None and coeff_b is not None
+    cache = cache if mixes else ()
+    state1, state2 = [*moments, (), ()][:2]
+    tables = _tables(
+        w,
+        {
+            common.W: w,
+            common.GRAD: u,
+            common.SAVED: saved,
+            common.CACHE: cache,
+            common.STATE1: state1,
+            common.STATE2: state2,
+        },
+    )
+    tables.bind_steps(dict(enumerate(steps)))
+    numbers = tables.numbers("update", [*group.numbers, 0.0])
+    scalars = tables.scalars("update", {"lr": [None] * 3})
+    form = Update(
+        base=int(base),
+        mix=int(Mix.REUSE if mixes else Mix.GRADIENT),
+        scope=int(Scope.GLOBAL),
+        summed=False,
+        looked=False,
+        restores=bool(saved),
+        check=False,
+        clips=clip is not None,
+        hands_over=False,
+        scaled=mixes,
+    )
+    given = Given(mixes, clip is not None, skip is not None, first is not None)
+    a, b, factor = (_on_device(x, device) if x is not None else numbers for x in (coeff_a, coeff_b, clip))
+    skips, fresh = (_bytes(x, device) if x is not None else numbers for x in (skip, first))
+
+    def launch(part: Slice, phases: int) -> None:
+        weights, gradient, cached, moment1, moment2 = part.dtypes
+        n_chunks = part.chunks.shape[1]
+        run(
+            update_list_kernel,
+            device,
+            [
+                *(tables.rows, tables.places, part.chunks, numbers, scalars, tables.sums),
+                *(a, _step(a), b, _step(b), factor, skips, fresh, _step(fresh), tables.sem, len(w), n_chunks),
+            ],
+            n_chunks,
+            registers_for(part.dtypes, mixes or base != Base.SGD),
+            PHASES=phases,
+            FORM=form,
+            GIVEN=given,
+            TYPES=types_of(weights, gradient, cache=cached, state1=moment1, state2=moment2),
+        )
+
+    adam = int(common.FOLD) | int(common.SETTLE) if base != Base.SGD else 0
+    state_like = [torch.empty(0, dtype=math_dtype(x.dtype)) for x in w]
+    lists = (w, u, cache or w, state1 or state_like, state2 or state_like)
+    run_phases(launch, tables.slices("update", _combinations(*lists)), int(common.APPLY) | adam)
+    _mark_written(w, state1, state2, steps)
+
+
+def _is_advanced_in_place(step: Tensor, x: Tensor) -> bool:
+    return step.device == x.device and step.dtype in (torch.float32, torch.float64)
+
+
+def _tables(like: Tensors, roles: Mapping[Any, Tensors]) -> DeviceTables:
+    """Tables of equal lists, those that are only read laid out like the first."""
+    check_device(like[0].device)
+    bound = {
+        row: {i: laid_out_like(x, first) for i, (x, first) in enumerate(zip(tensors, like, strict=True))}
+        for row, tensors in roles.items()
+        if tensors
+    }
+    return DeviceTables(like, [0] * len(like), like[0].device, bound)
+
+
+def _combinations(*lists: Tensors) -> list[tuple[torch.dtype, ...]]:
+    return [tuple(x.dtype for x in tensors) for tensors in zip(*lists, strict=True)]
+
+
+def _on_device(coefficient: Tensor, device: torch.device) -> Tensor:
+    return coefficient.to(device, torch.float64).contiguous()
+
+
+def _bytes(flag: Tensor, device: torch.device) -> Tensor:
+    return flag.to(device, torch.bool).contiguous().view(torch.uint8)
+
+
+def _step(coefficient: Tensor) -> int:
+    """From the coefficient of a tensor to the next one's: 0 if there is one for all."""
+    return int(coefficient.numel() > 1)
+
+
+def _mark_written(*lists: Tensors) -> None:
+    """Autograd must notice: kernels write through addresses."""
+    torch.autograd.graph.increment_version([x for tensors in lists for x in tensors if not x.is_inference()])
