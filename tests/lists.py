@@ -9,13 +9,21 @@ FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.flo
 DTYPES = (FP32, FP64, BF16, FP16)
 CHUNK = 65_536
 
-SHAPES = {
-    "one": [(3,)],
-    "chunk_borders": [(0,), (1,), (), (CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (2, 0, 3)],
-    "conv_net": [(8, 3, 3, 3), (8,), (16, 8, 3, 3), (16,), (10, 64), (10,)],
-    "tiny": [(64,)] * 60,
-    "long_filters": [(2, 70_000), (1, 1000), (70_000, 2)],
-}
+
+def affordable(backend: str, usual: int, on_cpu: int) -> int:
+    """How much of something a test takes: less where kernels for GPUs run on the CPU, ten thousand times slower."""
+    on_gpu = torch.get_default_device().type != "cpu"
+    return usual if on_gpu or backend not in ("cuda", "triton") else on_cpu
+
+
+def chunk(backend: str) -> int:
+    """Elements that a backend's kernels take at once; of Triton's interpreted ones, a tile of a chunk."""
+    return 1 << 14 if backend == "cuda" else affordable(backend, CHUNK, 1 << 12)
+
+
+def sums_error(backend: str, dtype: torch.dtype) -> float:
+    """How far sums of a backend may be from the reference's, relatively: cuda adds up to 32 products in float32."""
+    return 3e-7 if backend == "cuda" and dtype != FP64 else 1e-12
 
 
 def dtype_name(value: object) -> str:
@@ -25,6 +33,17 @@ def dtype_name(value: object) -> str:
 def seeded(seed: int) -> torch.Generator:
     """A generator for tensors where tests make them now."""
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def shapes_for(backend: str) -> dict[str, list[tuple[int, ...]]]:
+    n = chunk(backend)
+    return {
+        "one": [(3,)],
+        "chunk_borders": [(0,), (1,), (), (n - 1,), (n,), (n + 1,), (2, 0, 3)],
+        "conv_net": [(8, 3, 3, 3), (8,), (16, 8, 3, 3), (16,), (10, 64), (10,)],
+        "tiny": [(64,)] * 60,
+        "long_filters": [(2, n + 4464), (1, 1000), (affordable(backend, 70_000, 700), 2)],
+    }
 
 
 def random_list(shapes: list[tuple[int, ...]], dtype: torch.dtype = FP32, scale: float = 1.0) -> list[Tensor]:
@@ -75,6 +94,24 @@ def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
         x.dtype == y.dtype
         and x.shape == y.shape
         and torch.equal(x.contiguous().view(integer[x.element_size()]), y.contiguous().view(integer[y.element_size()]))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def agree(a: list[Tensor], b: list[Tensor], backend: str) -> bool:
+    """Whether weights trained on a backend are the reference's: bitwise, or for cuda to what its sums may differ by.
+
+    Float64 differs in the order of additions.
+    """
+    places = {FP64: 1e-13, FP32: 1e-6, BF16: 2e-2, FP16: 2e-3}
+    if backend == "cuda":
+        places[FP64] = 1e-6  # beside lists of other types
+    return len(a) == len(b) and all(
+        torch.allclose(x, y, rtol=places[x.dtype], atol=1e-8 if x.dtype == FP64 else places[x.dtype])
+        if backend == "cuda"
+        else torch.allclose(x, y, rtol=places[FP64])
+        if x.dtype == FP64
+        else same_bits([x], [y])
         for x, y in zip(a, b, strict=True)
     )
 

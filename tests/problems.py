@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .lists import seeded
+
 
 class Net(nn.Module):
     """A convolution without bias in front of BatchNorm (its gradient would be rounding noise), and a linear classifier."""
@@ -31,7 +33,7 @@ def make_net(dtype: torch.dtype = torch.float64, seed: int = 0) -> Net:
 
 
 def batch(t: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1000 + t)
+    generator = seeded(1000 + t)
     x = torch.randn(12, 1, 8, 8, generator=generator).to(dtype)
     return x, torch.randint(0, 5, (12,), generator=generator)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import samkern
 
-from .lists import dtype_name
+from .lists import affordable, dtype_name
 from .test_step import Never
 
 SHAPES = [(5, 4), (7,), (), (3, 2, 2, 2)]
@@ -47,7 +47,7 @@ def test_a_hundred_steps(name, dtype, backend):
     opt = samkern.SharpnessAware(ours, base, **options, schedule=Never(), backend=backend)
     plain = base(theirs, **options)
     assert ("in the pass that restores" in opt.explain()) == (name not in UNFUSED)
-    for _ in range(100):
+    for _ in range(affordable(backend, 100, 8)):
         grads = [torch.randn(shape, dtype=dtype) for shape in SHAPES]
         for p, q, g in zip(ours, theirs, grads, strict=True):
             p.grad, q.grad = g.clone(), g.clone()

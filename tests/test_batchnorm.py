@@ -10,7 +10,7 @@ from torch import nn
 
 import samkern
 
-from .lists import same_bits
+from .lists import same_bits, seeded
 
 
 class OwnForward(nn.BatchNorm1d):
@@ -90,7 +90,7 @@ def test_buffers_after_a_sam_step_are_those_after_an_sgd_step(norm, backend):
     unfrozen = copy.deepcopy(model)
     free = samkern.SAM(unfrozen.parameters(), torch.optim.SGD, lr=0.0, rho=1.0, backend=backend)
     for t in range(3):
-        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(t))
+        x = torch.randn(8, 4, generator=seeded(t))
         run(model, opt, x)
         run(twin, plain, x)
         run(unfrozen, free, x)

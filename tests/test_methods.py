@@ -11,10 +11,14 @@ import copy
 import pytest
 import torch
 
+from .lists import affordable, seeded
 from .methods import BASES, METHODS, MOMENTUM, SAM, each_base, each_method, method_named
 from .problems import closure_for, flat, make_net, train
 
-STEPS = 20
+
+def n_steps(backend):
+    """Three windows of the methods that look every third step, or more."""
+    return affordable(backend, 20, 7)
 
 
 def run_both(method, base, backend, dtype=torch.float64, groups=None, **options):
@@ -23,7 +27,7 @@ def run_both(method, base, backend, dtype=torch.float64, groups=None, **options)
     opt = method.make(groups(net) if groups else net.parameters(), base, backend=backend, **options)
     w = [p for group in groups(twin) for p in group["params"]] if groups else list(twin.parameters())
     oracle = method.make_oracle(w, base, **options)
-    for t in range(STEPS):
+    for t in range(n_steps(backend)):
         opt.step(closure_for(net, t, opt.zero_grad, dtype))
         oracle.step(closure_for(twin, t, lambda: None))
     assert opt.evaluations == oracle.evaluations
@@ -48,13 +52,13 @@ def test_equals_oracle_in_float32(method, base, backend):
 
     So what is seen is the optimizer's rounding, in eps and in the update, and not that of a model.
     """
-    shapes = [(6, 4), (6,), (40, 30), (4,), (300, 260)]
+    shapes = [(6, 4), (6,), (40, 30), (4,), (300, affordable(backend, 260, 26))]
     w32 = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     w64 = [torch.nn.Parameter(w.detach().double()) for w in w32]
 
     def closure_over(w, seen):
         def closure():
-            generator = torch.Generator().manual_seed(len(seen))
+            generator = seeded(len(seen))
             seen.append(torch.cat([x.detach().double().flatten() for x in w]))
             for x in w:
                 x.grad = torch.randn(x.shape, generator=generator).to(x.dtype)
@@ -63,7 +67,7 @@ def test_equals_oracle_in_float32(method, base, backend):
 
     opt, oracle = method.make(w32, base, backend=backend), method.make_oracle(w64, base)
     seen32, seen64 = [], []
-    for _ in range(STEPS):
+    for _ in range(n_steps(backend)):
         opt.step(closure_over(w32, seen32))
         oracle.step(closure_over(w64, seen64))
     assert len(seen32) == len(seen64) == opt.evaluations
@@ -95,7 +99,7 @@ def test_groups_with_radii_of_their_own(method, backend):
     w = [p for group in parts for p in group["params"]]
     radii = [group.get("rho", rho) for group in parts for _ in group["params"]]
     oracle = method.make_oracle(w, MOMENTUM, rho=radii)
-    for t in range(STEPS):
+    for t in range(n_steps(backend)):
         opt.step(closure_for(net, t, opt.zero_grad))
         oracle.step(closure_for(twin, t, lambda: None))
     assert distance(net, twin) < 1e-12
@@ -122,8 +126,8 @@ def test_fused_and_own_step_agree(base, backend):
     unfused = SAM.cls(twin.parameters(), own, **base.options, **SAM.options, backend=backend)
     assert "fused" in fused.explain()
     assert f"{own.__name__}.step()" in unfused.explain()
-    train(net, fused, range(STEPS))
-    train(twin, unfused, range(STEPS))
+    train(net, fused, range(n_steps(backend)))
+    train(twin, unfused, range(n_steps(backend)))
     assert distance(net, twin) < 1e-13
 
 
@@ -158,7 +162,7 @@ def test_composition_without_a_name(backend):
     )
     w = list(twin.parameters())
     oracle = LookASAM(w, Sgd(w, lr=0.1, momentum=0.9), rho=0.5, k=3, alpha=0.7)
-    for t in range(STEPS):
+    for t in range(n_steps(backend)):
         opt.step(closure_for(net, t, opt.zero_grad))
         oracle.step(closure_for(twin, t, lambda: None))
     assert distance(net, twin) < 1e-12

@@ -246,6 +246,11 @@ class DropoutNet(nn.Module):
         return self.lin(x) * mask
 
 
+def rng_state():
+    """Of the generators that models may draw from."""
+    return torch.cat([torch.get_rng_state(), *torch.cuda.get_rng_state_all()])
+
+
 @pytest.mark.parametrize("share", [True, False])
 def test_random_numbers_of_the_model(share, backend):
     """share_rng: both passes draw the same masks, and the stream goes on as under the plain base optimizer."""
@@ -259,12 +264,12 @@ def test_random_numbers_of_the_model(share, backend):
 
     torch.manual_seed(7)
     opt.step(closure)
-    after = torch.get_rng_state()
+    after = rng_state()
     assert torch.equal(net.masks[0], net.masks[1]) == share
     torch.manual_seed(7)
     for _ in range(1 if share else 2):
         net(x)
-    assert torch.equal(torch.get_rng_state(), after)
+    assert torch.equal(rng_state(), after)
 
 
 def test_share_rng_needs_a_closure(backend):
@@ -281,9 +286,9 @@ def test_generators_are_left_alone(method, backend):
 
     net = make_net()
     opt = method.make(net.parameters(), MOMENTUM, backend=backend)
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    before = rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     train(net, opt, range(4))
-    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    after = rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]
 
@@ -366,7 +371,7 @@ def test_autocast_with_float32_weights(backend):
 
     def closure():
         opt.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             loss = nn.functional.cross_entropy(net(batch(0, torch.float32)[0]), batch(0)[1])
         loss.backward()
         return loss
