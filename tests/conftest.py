@@ -1,7 +1,9 @@
 """Fixtures of all tests: seeds, and the backends that can run here."""
 
+import collections
 import contextlib
 import importlib.util
+import os
 import warnings
 
 import pytest
@@ -11,12 +13,17 @@ import samkern
 from samkern.backends import in_interpreter
 
 from . import emulator
+from .methods import BASES, METHODS
 
 ON_GPU = torch.cuda.is_available()
 BUILT = [name for name, backend in samkern.backends().items() if backend.available]
 # Without a GPU its kernels run on the CPU, thread by thread. Triton's run in its interpreter if TRITON_INTERPRET=1.
 EMULATED = "cuda" not in BUILT and not emulator.why_not()
 AVAILABLE = [*BUILT, *(["cuda"] if EMULATED else [])]
+_taken = collections.Counter()  # tests by backend
+
+if ON_GPU:  # many tests compare whole trainings bit by bit
+    torch.backends.cudnn.deterministic = True
 
 
 def _repair_ranges():
@@ -50,10 +57,11 @@ def _one_thread():
 @contextlib.contextmanager
 def on(name):
     """Tensors are made where backend ``name`` can take them."""
-    if name == "cuda" and EMULATED:
+    _taken[name] += 1
+    if name == "cuda" and on_cpu(name):
         with _one_thread(), emulator.running():
             yield name
-    elif name == "triton" and in_interpreter():
+    elif on_cpu(name):
         with _one_thread():
             yield name
     elif ON_GPU and name in ("cuda", "triton"):
@@ -61,6 +69,32 @@ def on(name):
             yield name
     else:
         yield name
+
+
+def on_cpu(name):
+    """Whether backend ``name`` is one for GPUs whose kernels run on the CPU here."""
+    return (name == "cuda" and EMULATED) or (name == "triton" and in_interpreter())
+
+
+def pytest_collection_modifyitems(config, items):
+    """On the CPU, kernels for GPUs take a diagonal of every grid of methods and bases: each of both, in turn.
+
+    ``SAMKERN_ALL_GRIDS=1`` runs all of it (half an hour).
+    """
+    if os.environ.get("SAMKERN_ALL_GRIDS") == "1":
+        return
+
+    def off_the_diagonal(item):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        method, base = params.get("method"), params.get("base")
+        if method not in METHODS or base not in BASES or not on_cpu(params.get("backend")):
+            return False
+        return (METHODS.index(method) - BASES.index(base)) % len(BASES) != 0
+
+    left_out = [item for item in items if off_the_diagonal(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not off_the_diagonal(item)]
 
 
 @pytest.fixture(autouse=True)
@@ -88,8 +122,18 @@ def pytest_report_header():
 
 
 def pytest_terminal_summary(terminalreporter):
+    """How each backend was tested. ``test_triton.py`` counts the tests that ran in a process of their own."""
+    passed = terminalreporter.stats.get("passed", [])
+    elsewhere = dict(value for report in passed for value in getattr(report, "user_properties", []))
     for name, backend in samkern.backends().items():
-        if name not in AVAILABLE:
-            terminalreporter.write_line(f"backend {name} was not tested: {backend.why}")
-        elif not backend.available:
-            terminalreporter.write_line(f"backend {name} was tested on the CPU: {backend.why}")
+        if _taken[name]:
+            how = "its kernels compiled for the CPU and emulated" if name == "cuda" and EMULATED else backend.why
+            line = f"tested, {_taken[name]} times: {how}"
+        elif name in elsewhere:
+            line = f"tested, {elsewhere[name]} times: interpreted on the CPU in a process of its own"
+        elif name in AVAILABLE:
+            line = "not tested: it could be, but no test that was run takes it"
+        else:
+            why_not_emulated = f"; nor can it be emulated: {emulator.why_not()}" if name == "cuda" else ""
+            line = f"not tested: {backend.why}{why_not_emulated}"
+        terminalreporter.write_line(f"backend {name:<10} {line}")

@@ -10,7 +10,7 @@ from torch import nn
 
 import samkern
 
-from .lists import BF16, CHUNK, FP16, FP32, FP64, affordable, agree, chunk, same_bits, seeded
+from .lists import BF16, CHUNK, FP16, FP32, FP64, affordable, agree, chunk, seeded
 from .methods import METHODS, MOMENTUM, each_method, method_named
 
 SGD = torch.optim.SGD

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,16 @@ def test_interpreted():
     result = python("pytest", "-q", "-x", "--no-cov", *files, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     assert "skipped" not in result.stdout.splitlines()[-1]
+
+
+def test_as_a_backend_of_all_tests(record_property):
+    """Whatever other files test of every backend."""
+    options = ("-q", "--no-cov", "--durations=20", "-k", "triton", "--ignore=tests/test_triton.py")
+    result = python("pytest", *options, "tests", TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    n_passed = int(re.search(r"(\d+) passed", result.stdout.splitlines()[-1])[1])
+    assert n_passed > 500
+    record_property("triton", n_passed)
 
 
 # What most training runs; SAMKERN_ALL_KERNELS=1 compiles every variant (5 minutes on 2 cores).
