@@ -13,6 +13,7 @@ import samkern
 from samkern.backends import in_interpreter
 
 from . import emulator
+from .lists import DTYPES, shapes_for
 from .methods import BASES, METHODS
 
 ON_GPU = torch.cuda.is_available()
@@ -76,25 +77,25 @@ def on_cpu(name):
     return (name == "cuda" and EMULATED) or (name == "triton" and in_interpreter())
 
 
-def pytest_collection_modifyitems(config, items):
-    """On the CPU, kernels for GPUs take a diagonal of every grid of methods and bases: each of both, in turn.
+def off_the_diagonal(item):
+    """Whether kernels for GPUs, on the CPU, leave out this cell of a grid of methods and bases.
 
-    ``SAMKERN_ALL_GRIDS=1`` runs all of it (half an hour).
+    Triton's interpreter, the slowest, also one of a grid of shapes and dtypes.
     """
-    if os.environ.get("SAMKERN_ALL_GRIDS") == "1":
-        return
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    if on_cpu(params.get("backend")) and params.get("method") in METHODS and params.get("base") in BASES:
+        return (METHODS.index(params["method"]) - BASES.index(params["base"])) % len(BASES) != 0
+    if params.get("fast") == "triton" and on_cpu("triton") and "shapes" in params and "dtype" in params:
+        return (list(shapes_for("cpu")).index(params["shapes"]) - DTYPES.index(params["dtype"])) % len(DTYPES) != 0
+    return False
 
-    def off_the_diagonal(item):
-        params = item.callspec.params if hasattr(item, "callspec") else {}
-        method, base = params.get("method"), params.get("base")
-        if method not in METHODS or base not in BASES or not on_cpu(params.get("backend")):
-            return False
-        return (METHODS.index(method) - BASES.index(base)) % len(BASES) != 0
 
-    left_out = [item for item in items if off_the_diagonal(item)]
+def pytest_collection_modifyitems(config, items):
+    """``SAMKERN_ALL_GRIDS=1`` leaves out nothing (half an hour more)."""
+    left_out = set() if os.environ.get("SAMKERN_ALL_GRIDS") == "1" else {item for item in items if off_the_diagonal(item)}
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not off_the_diagonal(item)]
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)
