@@ -13,7 +13,6 @@ import samkern
 from samkern.backends import in_interpreter
 
 from . import emulator
-from .lists import DTYPES, shapes_for
 from .methods import BASES, METHODS
 
 ON_GPU = torch.cuda.is_available()
@@ -77,25 +76,33 @@ def on_cpu(name):
     return (name == "cuda" and EMULATED) or (name == "triton" and in_interpreter())
 
 
-def off_the_diagonal(item):
-    """Whether kernels for GPUs, on the CPU, leave out this cell of a grid of methods and bases.
+def thinned(items):
+    """What to run where kernels for GPUs run on the CPU: a test has hundreds of cells, and one of them takes seconds.
 
-    Triton's interpreter, the slowest, also one of a grid of shapes and dtypes.
+    The emulator takes a diagonal of each grid of methods and bases, so that every method and every base has its turn.
+    Triton's interpreter, many times slower, takes one cell of each test, another one in every test.
     """
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    if on_cpu(params.get("backend")) and params.get("method") in METHODS and params.get("base") in BASES:
-        return (METHODS.index(params["method"]) - BASES.index(params["base"])) % len(BASES) != 0
-    if params.get("fast") == "triton" and on_cpu("triton") and "shapes" in params and "dtype" in params:
-        return (list(shapes_for("cpu")).index(params["shapes"]) - DTYPES.index(params["dtype"])) % len(DTYPES) != 0
-    return False
+    cells = collections.defaultdict(list)
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        name, method, base = (params.get(key) for key in ("backend", "method", "base"))
+        if on_cpu("triton") and "triton" in (name, params.get("fast")):
+            cells[item.path, item.originalname].append(item)
+        elif on_cpu(name) and method in METHODS and base in BASES:
+            if (METHODS.index(method) - BASES.index(base)) % len(BASES) == 0:
+                yield item
+        else:
+            yield item
+    for i, same_test in enumerate(cells.values()):
+        yield same_test[i % len(same_test)]
 
 
 def pytest_collection_modifyitems(config, items):
-    """``SAMKERN_ALL_GRIDS=1`` leaves out nothing (half an hour more)."""
-    left_out = set() if os.environ.get("SAMKERN_ALL_GRIDS") == "1" else {item for item in items if off_the_diagonal(item)}
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    """``SAMKERN_ALL_GRIDS=1`` leaves out nothing: half an hour more for the emulator, hours for the interpreter."""
+    if os.environ.get("SAMKERN_ALL_GRIDS") != "1":
+        kept = set(thinned(items))
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(autouse=True)
