@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from samkern import ops, reference
+from samkern.backends import in_interpreter
 
 from .lists import (
     BF16,
@@ -231,6 +232,8 @@ def test_misaligned_views_and_their_borders(fast, offset):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=dtype_name)
 def test_bits_do_not_depend_on_threads(fast, dtype):
+    if fast == "triton" and in_interpreter():
+        pytest.skip("Triton's interpreter has one thread")
     shapes = [(chunk(fast) * 3 + 17,), (64, affordable(fast, 300, 30)), (7,), *shapes_for(fast)["tiny"]]
     w, g, c = random_list(shapes, dtype), random_list(shapes, dtype), random_list(shapes, FP32)
     threads = torch.get_num_threads()
@@ -257,6 +260,8 @@ def test_rounding_of_halves_is_torchs(fast):
     for dtype in (BF16, FP16):
         halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
         values = halves[halves.isfinite()]
+        if fast == "triton" and in_interpreter():  # it takes subnormal bf16 for 0, which no GPU does
+            values = values[(values == 0) | (values.abs() >= torch.finfo(dtype).tiny)]
         w = torch.zeros(values.numel())
         ops.update_sgd([w], [values], lr=1.0, backend=fast)
         assert same_bits([w], [0.0 - values.float()])
