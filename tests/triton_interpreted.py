@@ -15,7 +15,7 @@ from triton.runtime import interpreter
 
 import samkern
 from samkern import reference
-from samkern.options import Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report, Scaling, Scope
+from samkern.options import UNSCALED, Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report, Scaling, Scope
 from samkern.plan import Kept
 from samkern.reference_plan import ReferencePlan
 from samkern.triton_kernels import TritonPlan, tables
@@ -421,7 +421,7 @@ class Steps:
             p.grad = None if i == 1 and which == t % 2 else grad
 
     @torch.no_grad()
-    def step(self, t, climbs, groups, mix=PLAIN, scaling=Scaling(), factor=1.0, check=True, clip=0.0):
+    def step(self, t, climbs, groups, mix=PLAIN, scaling=UNSCALED, factor=1.0, check=True, clip=0.0):
         self.reports.append(poisoned_report())
         looks = mix.mix != Mix.REUSE
         if looks:
@@ -536,7 +536,7 @@ def test_while_a_graph_is_recorded_nothing_may_move(monkeypatch):
         assert same_bits(before, [p.detach() for p in steps.params])
         assert not steps.plan.perturbed
 
-    def step_with(climbs=climbs, groups=groups, scaling=Scaling()):
+    def step_with(climbs=climbs, groups=groups, scaling=UNSCALED):
         return lambda: steps.step(4, climbs, groups, scaling=scaling)
 
     filters = [ClimbGroup(Climb.FILTER, 0.1)] * 2
