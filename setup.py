@@ -102,7 +102,7 @@ def cuda_extension():
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
         names = [name for name in ARCHITECTURES if f"compute_{name.replace('.', '')}" in known.split()]
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names) + "+PTX"
-    sources = ["csrc/cuda_ops.cpp", "csrc/cuda/perturb.cu", "csrc/cuda/update.cu"]
+    sources = ["csrc/cuda_ops.cpp", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))]
     headers = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh")))
     flags = {"cxx": FLAGS, "nvcc": NVCC_FLAGS}
     return CUDAExtension("samkern._cuda", sources, extra_compile_args=flags, depends=headers)

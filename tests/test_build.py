@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from bench import kernels
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(sys.modules["samkern"].__file__).parent
@@ -50,6 +53,13 @@ def test_without_a_compiler():
         "samkern needs a C++20 compiler and found none at CXX=/nowhere/g++: install g++ 12 or newer (or set CXX), "
         "or install without the extension by SAMKERN_BUILD=0"
     )
+
+
+def test_kernels_are_measured_as_they_are_built():
+    """``make kernels`` and the tests compile with the flags of ``setup.py``, but for what changes no code."""
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    [flags] = [node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "NVCC_FLAGS"]
+    assert [flag for flag in ast.literal_eval(flags) if flag not in ("-lineinfo", "--threads", "4")] == [*kernels.FLAGS]
 
 
 def test_without_torch(tmp_path):

@@ -14,7 +14,7 @@ from torch import nn
 
 import samkern
 from samkern import reference
-from samkern.options import Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report, Scaling, Scope
+from samkern.options import UNSCALED, Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report, Scaling, Scope
 from samkern.plan import Kept
 from samkern.reference_plan import ReferencePlan
 from samkern.triton_kernels import TritonPlan, tables
@@ -406,7 +406,7 @@ class Steps:
             p.grad = None if i == 1 and which == t % 2 else grad
 
     @torch.no_grad()
-    def step(self, t, climbs, groups, mix=PLAIN, scaling=Scaling(), factor=1.0, check=True, clip=0.0):
+    def step(self, t, climbs, groups, mix=PLAIN, scaling=UNSCALED, factor=1.0, check=True, clip=0.0):
         self.reports.append(poisoned_report())
         looks = mix.mix != Mix.REUSE
         if looks:
@@ -497,7 +497,7 @@ def test_only_what_changed_is_uploaded(monkeypatch):
     assert step(10, LOOK[0], lr=float32(0.1))[-1] == "a tensor of grad_scale, found_inf, lr has moved"
     assert step(12, LOOK[1], weight_decay=0.1)[-1] == "options of the update (reuse) have changed"
     moved = "parameter 1, its gradient or its state has moved"
-    assert step(13, LOOK[0])[-2:] == [moved, moved]  # missing in the other half
+    assert step(13, LOOK[0]).count(moved) == 2  # missing in the other half
 
 
 def test_while_a_graph_is_recorded_nothing_may_move(monkeypatch):
@@ -521,7 +521,7 @@ def test_while_a_graph_is_recorded_nothing_may_move(monkeypatch):
         assert same_bits(before, [p.detach() for p in steps.params])
         assert not steps.plan.perturbed
 
-    def step_with(climbs=climbs, groups=groups, scaling=Scaling()):
+    def step_with(climbs=climbs, groups=groups, scaling=UNSCALED):
         return lambda: steps.step(4, climbs, groups, scaling=scaling)
 
     filters = [ClimbGroup(Climb.FILTER, 0.1)] * 2

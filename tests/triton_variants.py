@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from samkern.options import Base, Climb, ClimbGroup, Mix, MixOptions, Scaling
+from samkern.options import UNSCALED, Base, Climb, ClimbGroup, Mix, MixOptions, Scaling
 from samkern.reference import DIRECTIONS
 from samkern.triton_kernels import common, lists
 from samkern.triton_kernels.launch import COMPILER_OPTIONS, registers_for, types_of
@@ -53,7 +53,7 @@ def perturb(climb, w, scaled=False):
     return perturb_kernel, registers_for([w], climb == Climb.FILTER, scaled), constants
 
 
-def update(base, mix, w, cache=FP32, clips=False, scaling=Scaling()):
+def update(base, mix, w, cache=FP32, clips=False, scaling=UNSCALED):
     together = (
         common.REDUCE | common.FOLD | common.APPLY | common.SETTLE | (common.CLOSE if mix == Mix.DECOMPOSE else 0)
     )

@@ -46,11 +46,13 @@ SAMKERN_CLONES void adam_range(const T* old, const T* u, int64_t n, const math::
 template <typename T>
 class ChunkUpdate {
  public:
-  ChunkUpdate(const PlanView& plan, const UpdateOptions& options, double factor, int32_t tensor, bool streamed)
+  ChunkUpdate(const PlanView& plan, const UpdateOptions& options, double clip, int32_t tensor, bool streamed)
       : plan_(plan),
         options_(options),
+        mixes_cache_(options.mix.mix == Mix::kReuse && plan.cache[tensor].address != nullptr),
         unscale_(static_cast<T>(unscale(options.scaling))),
-        factor_(static_cast<T>(factor)),
+        // A cache's coefficients undo a loss scale.
+        factor_(static_cast<T>(mixes_cache_ ? clip : clip * unscale(options.scaling))),
         t_(tensor),
         saved_(options.restores && plan.saved[tensor].address != nullptr),
         streamed_(streamed && saved_) {}
@@ -61,7 +63,7 @@ class ChunkUpdate {
       const int64_t n = std::min(kBlock, chunk.at + chunk.n - at);
       const T* u = read(plan_.grad[t_], at, n, grad_);
       if (options_.mix.mix == Mix::kDecompose) cache_sq += decompose(u, at, n);
-      if (options_.mix.mix == Mix::kReuse) u = reuse(u, at, n);
+      if (mixes_cache_) u = reuse(u, at, n);
       step(u, at, n);
     }
     plan_.partials[static_cast<int64_t>(chunk.chunk) * kNSums + kCC] = cache_sq;
@@ -84,10 +86,6 @@ class ChunkUpdate {
   }
 
   const T* reuse(const T* g, int64_t at, int64_t n) {
-    if (plan_.cache[t_].address == nullptr) {
-      scale_range(g, n, coeff(kMixA), mixed_);
-      return mixed_;
-    }
     combine_range(g, read(plan_.cache[t_], at, n, other_), n, coeff(kMixA), coeff(kMixB), mixed_);
     return mixed_;
   }
@@ -160,6 +158,7 @@ class ChunkUpdate {
 
   const PlanView& plan_;
   const UpdateOptions& options_;
+  const bool mixes_cache_;
   const T unscale_, factor_;  // what undoes a loss scale; what u is multiplied by
   const int32_t t_;
   const bool saved_, streamed_;
@@ -304,9 +303,7 @@ void update_apply(const PlanView& plan, const UpdateOptions& options, const Appl
     if (options.restores) restore(plan, pool);
     return;
   }
-  // A reuse undoes a loss scale by its coefficients.
-  double factor = applied.clip != nullptr ? *applied.clip : 1;
-  if (options.mix.mix != Mix::kReuse) factor *= unscale(options.scaling);
+  const double clip = applied.clip != nullptr ? *applied.clip : 1;
   const bool decomposes = options.mix.mix == Mix::kDecompose;
   if (options.base == Base::kAdam || options.base == Base::kAdamW) advance_steps(plan, options);
   const bool streamed = options.restores && worth_streaming(plan);
@@ -320,7 +317,7 @@ void update_apply(const PlanView& plan, const UpdateOptions& options, const Appl
       return;
     }
     with_math_type(plan.w[t].dtype,
-                   [&](auto zero) { ChunkUpdate<decltype(zero)>(plan, options, factor, t, streamed).run(chunk); });
+                   [&](auto zero) { ChunkUpdate<decltype(zero)>(plan, options, clip, t, streamed).run(chunk); });
   });
   mark_written(plan, options);
   if (decomposes) fold_cache(plan, options.mix.cache_norm);

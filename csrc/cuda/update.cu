@@ -196,8 +196,8 @@ struct ChunkUpdate {
         state1(base != Base::kNone && (base != Base::kSgd || group.momentum != 0) ? plan.state1[t] : Operand{}),
         state2(base == Base::kAdam || base == Base::kAdamW ? plan.state2[t] : Operand{}),
         out(base == Base::kNone && a.hands_over ? plan.out[t] : Operand{}),
-        // A reuse undoes a loss scale by its coefficients.
-        factor(static_cast<T>(a.mix.mix == Mix::kReuse ? decided.clip : decided.clip * unscale(a.scaling))),
+        // A cache's coefficients undo a loss scale.
+        factor(static_cast<T>(mixes_cache() ? decided.clip : decided.clip * unscale(a.scaling))),
         coeff_a(static_cast<T>(mix_a(a, tensor))),
         coeff_b(static_cast<T>(mix_b(a, decided, tensor))) {
     const double lr = value(group.lr);
@@ -225,6 +225,8 @@ struct ChunkUpdate {
     }
   }
 
+  SAMKERN_DEVICE bool mixes_cache() const { return args.mix.mix == Mix::kReuse && cache.address != nullptr; }
+
   SAMKERN_DEVICE bool packed() const {
     return aligned(w) && aligned(source) && aligned(grad) && aligned(first) && aligned(cache) && aligned(state1) &&
            aligned(state2) && aligned(out);
@@ -235,7 +237,7 @@ struct ChunkUpdate {
     T u[N];
     load<kind_g>(grad, at, u);
     if (!crowded && args.mix.mix == Mix::kDecompose) decompose(at, u);
-    if (args.mix.mix == Mix::kReuse) reuse(at, u);
+    if (mixes_cache()) reuse(at, u);
     if constexpr (base == Base::kNone) {
       if (saved) copy<kind_w, N>(w, source, at);
       if (out.address == nullptr) return;
@@ -267,10 +269,6 @@ struct ChunkUpdate {
   template <int N>
   SAMKERN_DEVICE void reuse(int64_t at, T (&u)[N]) {
     T c[N];
-    if (cache.address == nullptr) {
-      for (int k = 0; k < N; ++k) u[k] = coeff_a * u[k];
-      return;
-    }
     load<Kind::kAny>(cache, at, c);
     for (int k = 0; k < N; ++k) u[k] = math::combine(u[k], c[k], coeff_a, coeff_b);
   }
