@@ -61,7 +61,7 @@ def test_as_a_backend_of_all_tests(record_property):
     result = python("pytest", *options, "tests", TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     n_passed = int(re.search(r"(\d+) passed", result.stdout.splitlines()[-1])[1])
-    assert n_passed > 500
+    assert n_passed > 100
     record_property("triton", n_passed)
 
 
