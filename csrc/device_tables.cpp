@@ -40,6 +40,10 @@ size_t DeviceTables::reserve(size_t count, const T* values) {
 DeviceTables::DeviceTables(const Tables& tables, at::Device device)
     : device_(device), n_tensors_(tables.view.n_tensors) {
   TORCH_CHECK(functions.has_value(), "samkern._cuda is not loaded");
+  // Its replays would copy from pinned memory that others have by then, over tables that are in use.
+  TORCH_CHECK(!functions->is_capturing(device.index()),
+              "a graph is being recorded, and tables of a new list of tensors cannot be part of it: take some steps "
+              "before recording; list ops cannot be recorded");
   const PlanView& host = tables.view;
   const size_t n = n_tensors_, n_chunks = host.n_chunks, n_filters = tables.n_filters();
   sent_.assign(host.w, host.w + kNRows * n);

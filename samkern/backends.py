@@ -90,13 +90,21 @@ def in_interpreter() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _version_of(*distributions: str) -> str:
+    """The first that is installed: nightly builds of torch bring their Triton under another name."""
+    for name in distributions:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return "of unknown version"
+
+
 def _find_triton() -> tuple[bool, str]:
     """Looks without importing: Triton reads TRITON_INTERPRET when it is imported, and takes its time."""
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed (CUDA builds of torch bring it; else: pip install triton)"
     if importlib.util.find_spec("samkern.triton_kernels") is None:
         return False, f"samkern.triton_kernels is not in this checkout; {REBUILD}"
-    version = f"Triton {importlib.metadata.version('triton')}"
+    version = f"Triton {_version_of('triton', 'pytorch-triton')}"
     if in_interpreter():
         return True, f"{version} interpreted (TRITON_INTERPRET=1): CPU tensors only, slowly, for tests"
     if torch.cuda.device_count() == 0:

@@ -45,6 +45,14 @@ def check_parameters(params: Sequence[Tensor], names: Sequence[str] = ()) -> Non
     _check_disjoint(params, names)
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of ``device`` records a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def is_dense(p: Tensor) -> bool:
     """Whether the entries fill one stretch of memory without gaps, in any order of dimensions."""
     return p.numel() == 0 or _extent(p) == p.numel()

@@ -10,7 +10,7 @@ from torch import nn
 
 import samkern
 from samkern import backends, ops
-from samkern.backends import resolve
+from samkern.backends import _version_of, resolve
 
 from .conftest import AVAILABLE
 from .problems import make_net, train, weights
@@ -101,3 +101,17 @@ def test_numbers_that_python_and_cpp_share():
             line.strip().split(",")[0] for line in body.replace(", k", ",\nk").splitlines() if line.strip()[:1] == "k"
         ]
         assert [name.lower() for name in names] == ["k" + member.name.lower().replace("_", "") for member in enum]
+
+
+def test_triton_under_another_name(monkeypatch):
+    """Nightly builds of torch bring a package of another name; without any, only the version is unknown."""
+    from importlib.metadata import PackageNotFoundError
+
+    def version(name):
+        if name != "pytorch-triton":
+            raise PackageNotFoundError(name)
+        return "3.7"
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    assert _version_of("triton", "pytorch-triton") == "3.7"
+    assert _version_of("triton") == "of unknown version"

@@ -276,12 +276,29 @@ def test_a_pass_is_one_launch(emulated):
 def test_many_groups_are_not_recorded(emulated):
     params = [nn.Parameter(torch.ones(3)) for _ in range(65)]
     opt = samkern.SAM([{"params": [p]} for p in params], torch.optim.SGD, lr=0.1)
-    emulated(capturing=True)
     for p in params:
         p.grad = torch.ones_like(p)
+    opt.first_step()
+    opt.restore()
+    emulated(capturing=True)
     with pytest.raises(RuntimeError, match="a graph cannot be recorded with more than 64 param groups, got 65"):
         opt.first_step()
     assert all(p.eq(1).all() for p in params)
+
+
+def test_new_tables_are_not_recorded(emulated):
+    """Their upload would be replayed, from memory that is no longer theirs."""
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    opt = samkern.SAM([p], torch.optim.SGD, lr=0.1)
+    emulated(capturing=True)
+    for action in (opt.first_step, lambda: ops.norms([p.grad]), lambda: ops.restore([p.detach()], [torch.zeros(3)])):
+        with pytest.raises(RuntimeError, match="a graph is being recorded, and tables of a new list of tensors"):
+            action()
+    assert p.eq(1).all()
+    emulated()
+    opt.first_step()
+    assert p.ne(1).all()
 
 
 def halves_on(opt, params, first, second):

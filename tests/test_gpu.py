@@ -241,7 +241,7 @@ def test_launches_of_a_half_step(name, base, backend):
 
 
 class Recorder:
-    """An optimizer on gradients that stay where they are. A reuse takes its gradient from where a look has its second."""
+    """An optimizer on gradients that stay where they are: those of first passes, reuses among them, and of second ones."""
 
     def __init__(self, name, base, backend, **options):
         self.params = parameters()
@@ -257,11 +257,11 @@ class Recorder:
             p.grad = grad
 
     def climb(self):
-        self.feed(self.first if self.looks() else self.second)
-        self.opt.first_step()
+        self.feed(self.first)
+        if self.opt.first_step():
+            self.feed(self.second)
 
     def update(self):
-        self.feed(self.second)
         self.opt.second_step()
 
     def warm_up(self, n_steps):
@@ -323,11 +323,8 @@ def test_recorded_steps_are_bitwise_those_that_are_not(name, k, base, backend):
             last = weights
 
 
-REFUSED_TWICE = "restore() after the refusal uploads the moved address as well, and is refused in turn"
-
-
 @each_backend
-@pytest.mark.parametrize("moved", ["first", pytest.param("second", marks=pytest.mark.xfail(reason=REFUSED_TWICE))])
+@pytest.mark.parametrize("moved", ["first", "second"])
 def test_recording_is_refused_after_a_gradient_has_moved(moved, backend):
     recorded, eager = (Recorder("SAM", "momentum", backend) for _ in range(2))
     for one in (recorded, eager):
@@ -349,11 +346,7 @@ def test_recording_is_refused_after_a_gradient_has_moved(moved, backend):
     assert same_bits(values(recorded.params), values(eager.params))
 
 
-TAKE_TURNS = "gradients of the two passes take turns in two places, so that both move"
-
-
 @each_backend
-@pytest.mark.xfail(reason=TAKE_TURNS)
 def test_a_recorded_closure_follows_lr_and_rho(backend):
     """Forward and backward in the graph too, as SharpnessAware describes it."""
     x, y = torch.randn(64, 20, device="cuda"), torch.randn(64, 1, device="cuda")
@@ -392,7 +385,7 @@ def test_a_recorded_closure_follows_lr_and_rho(backend):
             o.param_groups[0]["rho"].fill_(rho)
         graph.replay()
         twin_opt.step(twin_closure)
-        assert torch.allclose(model[0].weight, twin[0].weight, rtol=1e-6)
+        assert torch.allclose(model[0].weight, twin[0].weight, rtol=1e-5, atol=1e-6)
 
 
 # ---- size

@@ -453,6 +453,59 @@ def test_capturable_needs_a_fused_base():
     assert opt.param_groups[0]["lr"] == 0.1
     with pytest.raises(ValueError, match="capturable=True needs a fused update: RMSprop has no fused update"):
         samkern.SAM([p], torch.optim.RMSprop, lr=0.1, capturable=True)
+    with pytest.raises(ValueError, match="capturable=True does not go with share_rng=True"):
+        samkern.SAM([p], torch.optim.SGD, lr=0.1, capturable=True, share_rng=True)
+
+
+def test_a_capturable_step_without_gradients():
+    p = nn.Parameter(torch.ones(3))
+    opt = samkern.SAM([p], torch.optim.SGD, lr=0.1, capturable=True)
+    opt.step(lambda: None)
+    assert p.eq(1).all()
+    assert p.grad is None
+
+
+def test_nothing_is_made_while_a_graph_is_recorded(monkeypatch):
+    """It would be filled by replays, not now: a plan, state, a cache."""
+    recording = []
+    monkeypatch.setattr("samkern.optim.keeper.is_capturing", lambda device: bool(recording))
+    p = nn.Parameter(torch.ones(3))
+    opt = samkern.LookSAM([p], torch.optim.AdamW, lr=0.1, k=2)
+
+    def refused(what):
+        recording.append(True)
+        p.grad = torch.ones(3)
+        with pytest.raises(RuntimeError, match=f"{what} has to be made, and a graph is being recorded"):
+            opt.step(lambda: setattr(p, "grad", torch.ones(3)))
+        recording.clear()
+        assert p.eq(1).all()
+        assert not opt.state
+        assert not opt._keeper.kept.cache
+
+    refused("a plan of these parameters")
+    opt.first_step()
+    opt.restore()
+    refused("a cache")
+    opt._t = 1
+    refused("state of the base optimizer")
+    opt._t = 0
+    opt.step(lambda: setattr(p, "grad", torch.ones(3)))
+    recording.append(True)
+    opt.step(lambda: setattr(p, "grad", torch.ones(3)))
+
+
+def test_adam_counts_in_float32_whatever_the_default():
+    p = nn.Parameter(torch.ones(3))
+    opt = samkern.SAM([p], torch.optim.AdamW, lr=0.1)
+    for default, counts in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        opt.state.clear()
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(default)
+        try:
+            opt.step(lambda: setattr(p, "grad", torch.ones(3, dtype=torch.float32)))
+        finally:
+            torch.set_default_dtype(before)
+        assert opt.state[p]["step"].dtype == counts
 
 
 def test_numbers_that_only_a_gpu_knows():

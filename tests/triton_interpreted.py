@@ -17,7 +17,7 @@ from samkern import reference
 from samkern.options import UNSCALED, Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report, Scaling, Scope
 from samkern.plan import Kept
 from samkern.reference_plan import ReferencePlan
-from samkern.triton_kernels import TritonPlan, tables
+from samkern.triton_kernels import TritonPlan, common, tables
 from samkern.triton_kernels.plan import form_of_climbs
 from samkern.triton_kernels.tables import DeviceTables
 
@@ -498,6 +498,12 @@ def test_only_what_changed_is_uploaded(monkeypatch):
     assert step(12, LOOK[1], weight_decay=0.1)[-1] == "options of the update (reuse) have changed"
     moved = "parameter 1, its gradient or its state has moved"
     assert step(13, LOOK[0]).count(moved) == 2  # missing in the other half
+
+
+def test_tables_are_made_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        made = tables.DeviceTables([torch.ones(3, device="cpu")], [0], torch.device("cpu"))
+    assert made.rows[int(common.NUMEL)].tolist() == [3]
 
 
 def test_while_a_graph_is_recorded_nothing_may_move(monkeypatch):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..tensors import same_layout
+from ..tensors import is_capturing, same_layout
 from . import common
 
 _EMPTY = 16  # address of a tensor without memory, which is there all the same
@@ -162,16 +162,9 @@ class DeviceTables:
     def _send(self, values: Any, dtype: torch.dtype, what: str) -> Tensor:
         """A tensor of ``values``, copied without waiting: the pinned copy lives until the stream has passed it."""
         refuse_while_recording(self._device, what)
-        staged = torch.tensor(values, dtype=dtype, pin_memory=self._device.type == "cuda")
+        # On the CPU by name: a program may have made the GPU its default device.
+        staged = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=self._device.type == "cuda")
         return staged.to(self._device, non_blocking=True)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether the current stream of ``device`` records a CUDA graph."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
 
 
 def refuse_while_recording(device: torch.device, what: str) -> None:

@@ -308,7 +308,8 @@ def update_range(
     if FORM.base >= ADAM:
         options = adam_options(tables, group, t, FORM.base, MATH)
     # With more operands fewer elements at once: 64 registers have to hold them.
-    SIZE: tl.constexpr = TYPES.block // 2 if FORM.base >= ADAM or FORM.mix == REUSE else TYPES.block
+    MANY: tl.constexpr = FORM.base >= ADAM or FORM.mix == REUSE or (WITH_BUFFER and TYPES.w.primitive_bitwidth == 32)
+    SIZE: tl.constexpr = TYPES.block // 2 if MANY else TYPES.block
     o = tl.arange(0, SIZE)
     for i in range(n // SIZE):
         update_block(

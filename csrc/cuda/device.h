@@ -112,7 +112,8 @@ const char* launch(void (*kernel)(Args), const Args& args, int n_blocks, bool to
   config.attrs = &attribute;
   config.numAttrs = together ? 1 : 0;
   cudaError_t status = cudaLaunchKernelEx(&config, kernel, args);
-  if (status == cudaSuccess) status = cudaGetLastError();
+  const cudaError_t last = cudaGetLastError();  // taken away: torch would blame its own next launch for it
+  if (status == cudaSuccess) status = last;
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 

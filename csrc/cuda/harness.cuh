@@ -43,12 +43,20 @@ SAMKERN_DEVICE Chunk chunk_at(const PlanView& plan, int32_t index) {
 }
 
 // Calls body(Width, i) so that the block covers [0, n): packs if every operand allows, single elements otherwise and at
-// the end.
-template <int pack, typename Body>
+// the end. `together`: packs of a thread that are taken in one go, so that a body without stores has them all under
+// way.
+template <int pack, int together = 1, typename Body>
 SAMKERN_DEVICE void for_block(int32_t n, bool packed, const Body& body) {
+  constexpr int32_t stride = device::kThreads * pack;
   int32_t done = 0;
   if (packed) {
-    for (int32_t i = device::thread() * pack; i + pack <= n; i += device::kThreads * pack) body(Width<pack>{}, i);
+    int32_t i = device::thread() * pack;
+    if constexpr (together > 1) {
+      for (; i + (together - 1) * stride + pack <= n; i += together * stride) {
+        for (int k = 0; k < together; ++k) body(Width<pack>{}, i + k * stride);
+      }
+    }
+    for (; i + pack <= n; i += stride) body(Width<pack>{}, i);
     done = n / pack * pack;
   }
   for (int32_t i = done + device::thread(); i < n; i += device::kThreads) body(Width<1>{}, i);
@@ -117,7 +125,7 @@ SAMKERN_DEVICE void reduce_chunk(const PlanView& plan, const Reduction& what, Cl
   const bool squares = has_a && climb != Climb::kFilter;  // else the filters' sums are added
   T sums[kCC] = {};
   const int32_t n = squares || has_b || needs_w ? chunk.n : 0;
-  for_block<kPack<kind_a, T>>(n, aligned(a) && aligned(b) && (!needs_w || aligned(w)), [&](auto width, int32_t i) {
+  for_block<kPack<kind_a, T>, 2>(n, aligned(a) && aligned(b) && (!needs_w || aligned(w)), [&](auto width, int32_t i) {
     constexpr int N = decltype(width)::value;
     T va[N] = {}, vb[N] = {}, vw[N] = {};
     if (has_a) load<kind_a>(a, chunk.at + i, va);

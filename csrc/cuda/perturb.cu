@@ -108,10 +108,10 @@ SAMKERN_DEVICE void perturb_chunk(const PerturbArgs& args, const ClimbGroup& gro
   T moved_sq = 0, moved_eps = 0, eps_sq = 0;
   for_block<kPack<kind_w, T>>(chunk.n, aligned(w) && aligned(saved) && aligned(first), [&](auto width, int32_t i) {
     constexpr int N = decltype(width)::value;
-    T values[N], g[N], climbed[N];
+    T values[N], g[N] = {}, climbed[N];
+    if (climbs) load<kind_g>(first, chunk.at + i, g);  // in front: no load passes the store of what is saved
     load_and_save<kind_w>(w, saved, chunk.at + i, values);
     if (!climbs) return;
-    load<kind_g>(first, chunk.at + i, g);
     climb(plan, how, group, scale, chunk.tensor, chunk.at + i, values, g, climbed);
     store<kind_w>(w, chunk.at + i, climbed);
     if (!half) return;

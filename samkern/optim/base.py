@@ -34,7 +34,9 @@ class FusedRule:
         moments = {key: torch.zeros_like(p, dtype=math_dtype(p.dtype), requires_grad=False) for key in self.keys[:2]}
         if self.base == Base.SGD:
             return moments
-        return {"step": torch.zeros((), device=p.device), **moments}
+        # As torch counts: in a half type, which may be the default, the count would stop at 256 or 2048.
+        counts = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        return {"step": torch.zeros((), dtype=counts, device=p.device), **moments}
 
     def adopt(self, p: Tensor, state: dict[str, Any]) -> None:
         """Brings state that torch or a checkpoint left to the dtype and layout that the kernels write."""

@@ -297,6 +297,8 @@ class SharpnessAware(OptimizerAround):
             raise ValueError(
                 f"capturable=True needs a fused update: {why}, and whether to step is then asked on the host"
             )
+        if self.share_rng:
+            raise ValueError("capturable=True does not go with share_rng=True: a graph cannot wind back random numbers")
 
     def _put_options_on_device(self) -> None:
         """With ``capturable``, makes ``lr`` and ``rho`` tensors that kernels read. ``rho = 0`` means unperturbed, and stays."""

@@ -32,7 +32,8 @@ class FixedGradients:
             if second is None or second.dtype != grad.dtype or not same_layout(second, grad):
                 self._second[p] = torch.empty_like(grad)
             p.grad = self._second[p]
-        torch._foreach_zero_([self._second[p] for p, _ in self._first])
+        if self._first:
+            torch._foreach_zero_([self._second[p] for p, _ in self._first])
 
     def give_back(self) -> None:
         """After the step or its undoing: ``p.grad`` is the first gradient again."""

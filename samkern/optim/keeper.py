@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from .. import backends
 from ..plan import Kept, TensorPlan, make_plan
 from ..reference import math_dtype
-from ..tensors import check_parameters, is_dense
+from ..tensors import check_parameters, is_capturing, is_dense
 from .base import FusedRule, fitted, fused_rule
 
 
@@ -82,6 +82,8 @@ class PlanKeeper:
             self._bind(plan, rule)
         if rule is not None:
             missing = plan.missing_state([rule.needs_state(group) for group in self.base.param_groups])
+            if missing:
+                self._refuse_while_recording("state of the base optimizer")
             for i in missing:
                 p = self.kept.params[i]
                 self.base.state[p].update(rule.create(p))
@@ -91,7 +93,10 @@ class PlanKeeper:
         return rule
 
     def _create_caches(self, plan: TensorPlan) -> None:
-        for i in plan.missing_cache():
+        missing = plan.missing_cache()
+        if missing:
+            self._refuse_while_recording("a cache")
+        for i in missing:
             p = self.kept.params[i]
             cache = self.kept.cache[p] = torch.zeros_like(p, dtype=self._cache_dtype(p), requires_grad=False)
             plan.bind_cache(i, cache)
@@ -138,7 +143,15 @@ class PlanKeeper:
                 if value is not None:
                     self.base.state[p][key] = fitted(value, p, math_dtype(p.dtype)).clone()
 
+    def _refuse_while_recording(self, what: str) -> None:
+        """What is made while a graph is recorded is not filled before the first replay, and again by every other."""
+        if any(is_capturing(device) for device in {p.device for p in parameters_of(self.base)}):
+            raise RuntimeError(
+                f"{what} has to be made, and a graph is being recorded: take some steps before recording"
+            )
+
     def _build(self, resolved: str) -> TensorPlan:
+        self._refuse_while_recording("a plan of these parameters")
         params = parameters_of(self.base)
         check_parameters(params, names_of(self.base))
         self.kept = self.kept.for_parameters(params)
