@@ -452,8 +452,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   TORCH_INTERNAL_ASSERT(samkern::kReportFields.size() == samkern::kNReport);
   m.attr("report_fields") = py::tuple(py::cast(samkern::kReportFields));
   m.def("lists_fit", samkern::lists_fit);
-  m.def("use_device_functions", [](const py::capsule& functions) {
-    samkern::use_device_functions(*functions.get_pointer<samkern::DeviceFunctions>());
+  m.def("use_device_functions", [](const std::optional<py::capsule>& functions) {
+    samkern::use_device_functions(functions ? functions->get_pointer<samkern::DeviceFunctions>() : nullptr);
   });
   py::class_<Plan>(m, "Plan")
       .def(py::init<const py::list&, std::vector<int32_t>, at::Tensor, at::Tensor, at::Tensor, bool>(),

@@ -26,7 +26,9 @@ std::vector<int32_t> shares(const PlanView& host, int32_t n_blocks) {
 }  // namespace
 
 const DeviceFunctions* device_functions() { return functions ? &*functions : nullptr; }
-void use_device_functions(const DeviceFunctions& given) { functions = given; }
+void use_device_functions(const DeviceFunctions* given) {
+  functions = given != nullptr ? std::optional(*given) : std::nullopt;
+}
 bool is_on_device(const at::Tensor& x) { return x.is_cuda() || (functions && functions->on_host); }
 
 template <typename T>

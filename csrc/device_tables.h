@@ -9,9 +9,9 @@
 
 namespace samkern {
 
-// The GPU kernels as samkern._cuda left them; null before.
+// The GPU kernels as samkern._cuda left them; null: there are none.
 const DeviceFunctions* device_functions();
-void use_device_functions(const DeviceFunctions& functions);
+void use_device_functions(const DeviceFunctions* functions);
 
 // Whether list ops on x run on these kernels.
 bool is_on_device(const at::Tensor& x);

@@ -140,6 +140,7 @@ def emulated_cuda(kernels: ModuleType) -> Iterator[None]:
         yield
     finally:
         _BACKENDS["cuda"], _emulated = before
+        native.use_device_functions(None)
         _load_cuda()
 
 

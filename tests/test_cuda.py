@@ -347,6 +347,16 @@ def test_a_closure_can_be_recorded(name, emulated):
     opt.step(closure)
 
 
+def test_afterwards_lists_run_on_the_cpu_again():
+    take, w = emulator.load().take_launches, random_list([(5,)])
+    with emulator.running():
+        ops.norms(w, backend="cuda")
+        assert take() == 1
+    ops.norms(w, backend="cpu")
+    assert take() == 0
+    assert not samkern.backends()["cuda"].available or torch.cuda.is_available()
+
+
 def test_a_large_tensor_is_folded_by_a_whole_block(emulated):
     """More than 32 chunks, in front of a small one."""
 
