@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,27 +39,38 @@ def python(*arguments, **environment):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**env, **environment}, check=False)
 
 
-def test_interpreted():
+INTERPRETED = {
+    "test_interpreted": ("-x", "tests/triton_interpreted.py", "tests/triton_lists_interpreted.py"),
+    "test_as_a_backend_of_all_tests": (
+        *("--durations=20", "-k", "triton"),
+        *(f"--ignore-glob=*_{name}.py" for name in ("triton", "gpu", "docs")),
+        "tests",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def interpreted(request):
+    """Tests in Triton's interpreter, which takes one core: those of them that were asked for, side by side."""
+    wanted = {item.name for item in request.session.items}
+    with ThreadPoolExecutor() as pool:
+        yield {
+            name: pool.submit(python, "pytest", "-q", "--no-cov", *arguments, TRITON_INTERPRET="1")
+            for name, arguments in INTERPRETED.items()
+            if name in wanted
+        }
+
+
+def test_interpreted(interpreted):
     """Whole optimizers, half-steps and list ops against the reference, bit by bit."""
-    files = ("tests/triton_interpreted.py", "tests/triton_lists_interpreted.py")
-    result = python("pytest", "-q", "-x", "--no-cov", *files, TRITON_INTERPRET="1")
+    result = interpreted["test_interpreted"].result()
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     assert "skipped" not in result.stdout.splitlines()[-1]
 
 
-def test_as_a_backend_of_all_tests(record_property):
+def test_as_a_backend_of_all_tests(interpreted, record_property):
     """Whatever other files test of every backend."""
-    options = (
-        "-q",
-        "--no-cov",
-        "--durations=20",
-        "-k",
-        "triton",
-        "--ignore-glob=*_triton.py",
-        "--ignore-glob=*_gpu.py",
-        "--ignore-glob=*_docs.py",
-    )
-    result = python("pytest", *options, "tests", TRITON_INTERPRET="1")
+    result = interpreted["test_as_a_backend_of_all_tests"].result()
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     n_passed = int(re.search(r"(\d+) passed", result.stdout.splitlines()[-1])[1])
     assert n_passed > 100
