@@ -10,7 +10,6 @@ import torch
 
 from samkern import ops, reference
 
-from . import triton_interpreted  # noqa: F401, repairs the interpreter of Triton 3.6
 from .lists import (
     BF16,
     DTYPES,
