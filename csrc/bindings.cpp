@@ -135,6 +135,7 @@ class Plan {
         state2_(params_.size()),
         step_(params_.size()),
         cache_(params_.size()),
+        mask_(params_.size()),
         slots_(params_.size(), nullptr),
         cache_norm_(std::move(cache_norm)),
         fresh_(std::move(fresh)),
@@ -175,6 +176,19 @@ class Plan {
 
   void bind_cache(size_t index, Tensor cache) { cache_.at(index) = std::move(cache); }
 
+  // Bits of the mask of one tensor, in the order of its memory; none: every entry is perturbed.
+  void bind_mask(size_t index, std::optional<Tensor> bits) {
+    if (bits) {
+      const int64_t n_bytes = mask_bytes(params_.at(index).numel());
+      TORCH_CHECK_VALUE(bits->scalar_type() == at::kByte && bits->is_contiguous() && bits->numel() == n_bytes &&
+                            bits->device() == params_[index].device(),
+                        "the mask of parameter ", index, " must be contiguous uint8 with ", n_bytes, " entries on ",
+                        params_[index].device(), ", got ", bits->scalar_type(), " ", bits->sizes(), " on ",
+                        bits->device());
+    }
+    mask_.at(index) = bits.value_or(Tensor());
+  }
+
   // Tensors that have a gradient and, in groups that need it, no state of the base optimizer yet.
   std::vector<size_t> missing_state(const std::vector<bool>& needed) const {
     return with_gradient([&](size_t t) { return needed[tables_.view.group[t]] && !state1_[t].defined(); });
@@ -187,7 +201,8 @@ class Plan {
   // Perturbs the weights and takes the gradients away from the parameters, so that the next backward does not add to
   // them: one native call, so that an interrupt sees either both or neither. With `keep` the gradients stay alive, for
   // a mix that reads them and to be put back by restore().
-  void perturb(const std::vector<ClimbTuple>& climbs, bool keep, const Tensor& report, const ScalingTuple& scaling) {
+  void perturb(const std::vector<ClimbTuple>& climbs, bool keep, const Tensor& report, const ScalingTuple& scaling,
+               bool renormalise) {
     std::vector<ClimbGroup> groups;
     for (const auto& [climb, rho, eta, trust_clip, on_device] : climbs) {
       groups.push_back({static_cast<Climb>(climb), scalar(rho, on_device, "rho"), eta, trust_clip});
@@ -198,10 +213,14 @@ class Plan {
     bind_weights();
     bind_gradients(plan.first, /*written=*/false);
     bind_saved(groups);
+    for_tensors(mask_.size(), [&](size_t t) {
+      plan.mask[t] = {mask_[t].defined() && plan.numel[t] > 0 ? mask_[t].data_ptr() : nullptr, Dtype::kFloat32};
+    });
     PerturbOptions options{.climbs = groups.data(),
                            .n_groups = static_cast<int32_t>(groups.size()),
                            .scaling = scaling_of(scaling),
-                           .report = report.mutable_data_ptr<double>()};
+                           .report = report.mutable_data_ptr<double>(),
+                           .renormalise = renormalise};
     const Tensor table = table_of(groups, options.climb_table);
     {
       py::gil_scoped_release unlocked;
@@ -435,7 +454,7 @@ class Plan {
   Tables tables_;
   std::optional<DeviceTables> device_;
   Layouts layouts_;
-  std::vector<Tensor> first_, state1_, state2_, step_, cache_;
+  std::vector<Tensor> first_, state1_, state2_, step_, cache_, mask_;
   std::vector<void*> slots_;
   std::vector<Tensor> arenas_, copies_;
   BoundState bound_;
@@ -464,10 +483,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("holds", &Plan::holds)
       .def("bind_state", &Plan::bind_state)
       .def("bind_cache", &Plan::bind_cache)
+      .def("bind_mask", &Plan::bind_mask)
       .def("missing_state", &Plan::missing_state)
       .def("missing_cache", &Plan::missing_cache)
       .def("perturb", &Plan::perturb, py::arg("climbs"), py::arg("keep"), py::arg("report"),
-           py::arg("scaling") = samkern::ScalingTuple())
+           py::arg("scaling") = samkern::ScalingTuple(), py::arg("renormalise") = false)
       .def("restore", &Plan::restore)
       .def("update", &Plan::update, py::arg("base"), py::arg("groups"), py::arg("mix"), py::arg("looked"),
            py::arg("check"), py::arg("max_grad_norm"), py::arg("report"), py::arg("scaling") = samkern::ScalingTuple());

@@ -13,6 +13,7 @@ struct ReduceOptions {
   const Operand* b = nullptr;          // null: no sums with b
   const ClimbGroup* climbs = nullptr;  // [n_groups] whose T weighs a in kTT; null: no kTT
   bool weights = false;                // sum w^2 of every tensor, whether or not its group's climb needs it
+  bool masked = false;                 // kTT sums over the entries that plan.mask lets through
 };
 
 struct PerturbOptions {
@@ -21,6 +22,7 @@ struct PerturbOptions {
   const ClimbGroup* climb_table = nullptr;  // a copy on the device, where a launch cannot carry that many
   Scaling scaling;                          // of plan.first
   double* report = nullptr;                 // [kNReport], written
+  bool renormalise = false;                 // the norm that eps is divided by is that of the masked gradient
 };
 
 struct UpdateOptions {
@@ -48,6 +50,32 @@ struct Applied {
   const double* clip = nullptr;
 };
 
+// What a selection does to plan.mask. Ties go to the lowest place in the list.
+enum class Select : int32_t {
+  kTop,       // ones are the n largest of plan.grad
+  kGrow,      // the n zeros with the largest random keys become ones
+  kDropGrow,  // the n ones with the smallest |plan.grad| become zeros, and then as many zeros become ones as by kGrow
+};
+
+struct SelectOptions {
+  Select what = Select::kTop;
+  int64_t n = 0;       // of kTop: at most all entries; kGrow and kDropGrow take no more than there are
+  uint64_t seed = 0;   // of the random keys, with
+  uint32_t t = 0;      // the step
+  bool regrow = true;  // kDropGrow: what has just been dropped may grow again; else plan.saved is the mask before
+  const bool* skip = nullptr;    // kDropGrow: if true, nothing changes
+  int64_t* n_nan = nullptr;      // kTop: written, the number of NaNs, which rank last
+  bool wide = false;             // some entry of plan.grad is fp64
+  uint64_t* counters = nullptr;  // [n_select_counters()] zeros; only on a GPU
+};
+
+// F = keep F + gain (scale g)^2, F in plan.w and g in plan.grad.
+struct FisherOptions {
+  double keep = 1, gain = 1;
+  const double* scale = nullptr;  // null: 1
+  const bool* skip = nullptr;     // if true, nothing changes
+};
+
 // What samkern._cuda hands to samkern._C: cuda/launchers.h. The functions set the device, take its current stream,
 // launch, and throw if that fails.
 struct DeviceFunctions {
@@ -57,6 +85,9 @@ struct DeviceFunctions {
   void (*reduce)(const PlanView& plan, const ReduceOptions& options, int device);
   void (*perturb_apply)(const PlanView& plan, const PerturbOptions& options, int device);
   void (*update_apply)(const PlanView& plan, const UpdateOptions& options, const Applied& applied, int device);
+  void (*select_mask)(const PlanView& plan, const SelectOptions& options, int device);
+  int64_t (*n_select_counters)(const PlanView& plan, const SelectOptions& options);
+  void (*fisher_accumulate)(const PlanView& plan, const FisherOptions& options, int device);
   int (*n_blocks)(int device);       // that are resident at the same time
   bool (*is_capturing)(int device);  // whether the current stream records a graph
   bool on_host;                      // compiled for the CPU, for tests: they work on the host's memory

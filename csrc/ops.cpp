@@ -42,6 +42,21 @@ class Call {
     });
   }
 
+  // The bits of a mask over the whole list.
+  void mask(Operand* row, const Tensor& bits, const char* name) {
+    int64_t n_bytes = 0;
+    for (const Tensor& x : like_) n_bytes += mask_bytes(x.numel());
+    TORCH_CHECK_VALUE(bits.scalar_type() == at::kByte && bits.is_contiguous() && bits.numel() == n_bytes, name,
+                      " must be contiguous uint8 with ", n_bytes, " entries, got ", bits.scalar_type(), " ",
+                      bits.sizes());
+    check_device(bits, name);
+    auto* next = static_cast<uint8_t*>(bits.mutable_data_ptr());
+    for (size_t t = 0; t < like_.size(); ++t) {
+      row[t] = {next, Dtype::kFloat32};
+      next += mask_bytes(like_[t].numel());
+    }
+  }
+
   static void bump(const Tensor& x) {
     if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
   }
@@ -103,6 +118,20 @@ class Call {
   void update_apply(const UpdateOptions& options, const Applied& applied = {}) {
     if (!on_device_) return cpu::update_apply(bound(), options, applied, torch_pool());
     device_functions()->update_apply(uploaded(), options, applied, index());
+  }
+
+  void select_mask(SelectOptions options) {
+    if (!on_device_) return cpu::select_mask(bound(), options, torch_pool());
+    const PlanView& plan = uploaded();
+    const Tensor counters = at::zeros({device_functions()->n_select_counters(plan, options)},
+                                      at::TensorOptions(at::kLong).device(like_[0].device()));
+    options.counters = reinterpret_cast<uint64_t*>(counters.mutable_data_ptr<int64_t>());
+    device_functions()->select_mask(plan, options, index());
+  }
+
+  void fisher_accumulate(const FisherOptions& options) {
+    if (!on_device_) return cpu::fisher_accumulate(bound(), options, torch_pool());
+    device_functions()->fisher_accumulate(uploaded(), options, index());
   }
 
   // Rows of plan.sums from `first` on, as the pass left them.
@@ -173,24 +202,30 @@ Climb climb_named(c10::string_view name) {
   return Climb::kLayer;
 }
 
-Tensor norms(TensorList a, TensorList b, TensorList w, c10::string_view weighting, double eta) {
+Tensor norms(TensorList a, TensorList b, TensorList w, c10::string_view weighting, double eta,
+             const std::optional<Tensor>& mask) {
   Call call(w.empty() ? a : w);
   PlanView& plan = call.view();
   call.reads(plan.grad, a, "a");
   if (!b.empty()) call.reads(plan.first, b, "b");
   if (!w.empty()) call.reads(plan.w, w, "w");
+  if (mask) call.mask(plan.mask, *mask, "mask");
   call.use_filters();
   const ClimbGroup group{climb_named(weighting), {1}, eta, 0};
   TORCH_CHECK_VALUE(group.climb == Climb::kEuclidean || !w.empty(), "weighting ", weighting, " needs w");
-  call.reduce({.a = plan.grad, .b = b.empty() ? nullptr : plan.first, .climbs = &group, .weights = !w.empty()});
+  call.reduce({.a = plan.grad,
+               .b = b.empty() ? nullptr : plan.first,
+               .climbs = &group,
+               .weights = !w.empty(),
+               .masked = mask.has_value()});
   const auto n = static_cast<int64_t>(a.size());
   Tensor sums = at::empty({kCC, n + 1}, a.empty() ? at::TensorOptions(at::kDouble) : a[0].options().dtype(at::kDouble));
   call.copy_sums(kAA, sums);
   return sums;
 }
 
-void perturb_(TensorList w, TensorList g, TensorList saved, const Tensor& scale, c10::string_view direction,
-              double eta) {
+void perturb_(TensorList w, TensorList g, TensorList saved, const Tensor& scale, c10::string_view direction, double eta,
+              const std::optional<Tensor>& mask) {
   Call call(w);
   PlanView& plan = call.view();
   const ClimbGroup group{climb_named(direction), {1}, eta, 0};
@@ -201,6 +236,7 @@ void perturb_(TensorList w, TensorList g, TensorList saved, const Tensor& scale,
     TORCH_CHECK_TYPE(saved[t].scalar_type() == w[t].scalar_type(), "saved[", t, "] must be ", w[t].scalar_type());
   }
   call.coefficient(kScale, scale, "scale");
+  if (mask) call.mask(plan.mask, *mask, "mask");
   if (group.climb == Climb::kFilter) {
     call.use_filters();
     call.reduce({.a = plan.first, .climbs = &group});
@@ -306,6 +342,66 @@ void update_adam(TensorList w, TensorList u, TensorList exp_avg, TensorList exp_
   call.update_apply(options, applied);
 }
 
+// Bits of a selected mask are in the order of the list, whose entries are in row-major order.
+void check_rows(const Tensor& x, const char* name, size_t t) {
+  TORCH_CHECK_VALUE(x.is_contiguous(), name, "[", t, "] must be contiguous, got strides ", x.strides());
+}
+
+void topk_mask_(TensorList scores, int64_t k, Tensor& bits, Tensor& n_nan) {
+  Call call(scores);
+  int64_t n = 0;
+  bool wide = false;
+  for (size_t t = 0; t < scores.size(); ++t) {
+    check_rows(scores[t], "scores", t);
+    n += scores[t].numel();
+    wide = wide || scores[t].scalar_type() == at::kDouble;
+  }
+  TORCH_CHECK_VALUE(k >= 0 && k <= n, "k must be in [0, ", n, "], got ", k);
+  TORCH_CHECK_VALUE(n_nan.scalar_type() == at::kLong && n_nan.numel() == 1, "n_nan must be one int64, got ",
+                    n_nan.scalar_type(), " ", n_nan.sizes());
+  call.check_device(n_nan, "n_nan");
+  call.reads(call.view().grad, scores, "scores");
+  call.mask(call.view().mask, bits, "bits");
+  call.select_mask({.what = Select::kTop, .n = k, .n_nan = n_nan.mutable_data_ptr<int64_t>(), .wide = wide});
+  Call::bump(bits);
+  Call::bump(n_nan);
+}
+
+void drop_grow_mask_(Tensor& bits, TensorList g, int64_t n, int64_t seed, int64_t t, bool drops, bool regrow,
+                     const std::optional<Tensor>& skip) {
+  Call call(g);
+  bool wide = false;
+  for (size_t i = 0; i < g.size(); ++i) {
+    check_rows(g[i], "g", i);
+    wide = wide || (drops && g[i].scalar_type() == at::kDouble);
+  }
+  TORCH_CHECK_VALUE(n >= 0, "n must be >= 0, got ", n);
+  TORCH_CHECK_VALUE(t >= 0 && t <= UINT32_MAX, "t must be in [0, 2^32), got ", t);
+  call.reads(call.view().grad, g, "g");
+  call.mask(call.view().mask, bits, "bits");
+  const Tensor before = drops && !regrow ? bits.clone() : Tensor();
+  if (before.defined()) call.mask(call.view().saved, before, "bits");
+  call.select_mask({.what = drops ? Select::kDropGrow : Select::kGrow,
+                    .n = n,
+                    .seed = static_cast<uint64_t>(seed),
+                    .t = static_cast<uint32_t>(t),
+                    .regrow = regrow,
+                    .skip = call.scalar<bool>(skip, "skip"),
+                    .wide = wide});
+  Call::bump(bits);
+}
+
+void fisher_accumulate_(TensorList f, TensorList g, double keep, double gain, const std::optional<Tensor>& scale,
+                        const std::optional<Tensor>& skip) {
+  Call call(f);
+  call.reads(call.view().grad, g, "g");
+  call.writes(call.view().w, f, "f");
+  call.fisher_accumulate({.keep = keep,
+                          .gain = gain,
+                          .scale = call.scalar<double>(scale, "scale"),
+                          .skip = call.scalar<bool>(skip, "skip")});
+}
+
 // Schemas of the base updates share their middle and, for Adam and AdamW, everything.
 #define SAMKERN_MIX_ARGUMENTS                                                                       \
   "Tensor[] saved, Tensor[] cache, Tensor? coeff_a=None, Tensor? coeff_b=None, Tensor? clip=None, " \
@@ -317,16 +413,26 @@ void update_adam(TensorList w, TensorList u, TensorList exp_avg, TensorList exp_
 }  // namespace
 
 TORCH_LIBRARY(samkern, m) {
-  m.def("norms(Tensor[] a, Tensor[] b, Tensor[] w, str weighting='gradient', float eta=0.0) -> Tensor");
   m.def(
-      "perturb_(Tensor(a!)[] w, Tensor[] g, Tensor(b!)[] saved, Tensor scale, str direction='gradient', float eta=0.0) "
-      "-> ()");
+      "norms(Tensor[] a, Tensor[] b, Tensor[] w, str weighting='gradient', float eta=0.0, Tensor? "
+      "mask=None) -> Tensor");
+  m.def(
+      "perturb_(Tensor(a!)[] w, Tensor[] g, Tensor(b!)[] saved, Tensor scale, str direction='gradient', float eta=0.0, "
+      "Tensor? mask=None) -> ()");
   m.def("restore_(Tensor(a!)[] w, Tensor[] saved) -> ()");
   m.def("decompose_(Tensor(a!)[] c, Tensor[] g, Tensor[] g_s, Tensor k, Tensor(b!) cc) -> ()");
   m.def("combine_(Tensor(a!)[] u, Tensor[] a, Tensor[] b, Tensor coeff_a, Tensor coeff_b) -> ()");
   m.def("update_sgd_(Tensor(a!)[] w, Tensor[] u, Tensor(b!)[] momentum_buffer, " SAMKERN_MIX_ARGUMENTS
         "float lr, float momentum=0.0, float dampening=0.0, float weight_decay=0.0, bool nesterov=False, "
         "Tensor? first=None) -> ()");
+  m.def("topk_mask_(Tensor[] scores, int k, Tensor(a!) bits, Tensor(b!) n_nan) -> ()");
+  m.def(
+      "drop_grow_mask_(Tensor(a!) bits, Tensor[] g, int n, int seed, int t, bool drops=True, bool regrow=True, Tensor? "
+      "skip=None) -> ()");
+  m.def(
+      "fisher_accumulate_(Tensor(a!)[] f, Tensor[] g, float keep, float gain, Tensor? scale=None, Tensor? skip=None) "
+      "-> "
+      "()");
   m.def("update_adam_" SAMKERN_ADAM_ARGUMENTS);
   m.def("update_adamw_" SAMKERN_ADAM_ARGUMENTS);
 }
@@ -338,6 +444,9 @@ void implement(torch::Library& m) {
   m.impl("restore_", restore_);
   m.impl("decompose_", decompose_);
   m.impl("combine_", combine_);
+  m.impl("topk_mask_", topk_mask_);
+  m.impl("drop_grow_mask_", drop_grow_mask_);
+  m.impl("fisher_accumulate_", fisher_accumulate_);
   m.impl("update_sgd_", update_sgd_);
   m.impl("update_adam_", update_adam<Base::kAdam>);
   m.impl("update_adamw_", update_adam<Base::kAdamW>);

@@ -2,6 +2,8 @@
 // all backends keep. No torch. T is the math type: double for fp64 tensors, float for all others.
 #pragma once
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 
 #include "inline.h"
 
@@ -85,6 +87,45 @@ SAMKERN_INLINE T adam(T w, T u, T& m, T& v, const Adam<T>& o) {
   m = m + o.gain1 * (d - m);
   v = o.beta2 * v + o.gain2 * d * d;
   return decayed - o.step_size * m / (std::sqrt(v) / o.bias2 + o.eps);
+}
+
+// Squared gradients, as a sum or a running mean: F = keep F + gain g^2.
+template <typename T>
+SAMKERN_INLINE T accumulate_square(T f, T g, T keep, T gain) {
+  return keep * f + gain * (g * g);
+}
+
+SAMKERN_INLINE uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+SAMKERN_INLINE uint64_t bits_of(double x) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+template <typename T>
+using KeyOf = decltype(bits_of(T{}));
+
+// Unsigned keys in the order of the numbers: NaN is below everything, -0 is 0.
+template <typename T>
+SAMKERN_INLINE KeyOf<T> order_key(T x) {
+  using Key = KeyOf<T>;
+  constexpr Key kSign = Key{1} << (8 * sizeof(Key) - 1);
+  const Key bits = bits_of(x);
+  if (x != x) return 0;
+  if (bits == kSign) return kSign;
+  return (bits & kSign) != 0 ? static_cast<Key>(~bits) : bits | kSign;
+}
+
+// The same in the order of -|x|.
+template <typename T>
+SAMKERN_INLINE KeyOf<T> smallness_key(T x) {
+  using Key = KeyOf<T>;
+  constexpr Key kSign = Key{1} << (8 * sizeof(Key) - 1);
+  return x != x ? Key{0} : static_cast<Key>(~(bits_of(x) & ~kSign));
 }
 
 }  // namespace samkern::math

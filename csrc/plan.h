@@ -19,6 +19,9 @@ SAMKERN_INLINE constexpr int64_t size_of(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
 }
 
+// Bits of a mask over n entries take whole words.
+SAMKERN_INLINE constexpr int64_t mask_bytes(int64_t n) { return (n + 31) / 32 * 4; }
+
 // The storage of one tensor in one role. No address: this tensor plays no such role in this call.
 struct Operand {
   void* address = nullptr;
@@ -49,11 +52,13 @@ enum Coeff : int32_t { kScale, kProject, kMixA, kMixB, kStepSize, kBias2, kNCoef
 struct PlanView {
   // Operands by role, [n_tensors] each. `grad` is what the latest backward left; `first` the gradient at w, set aside
   // while `grad` is the one at w + eps. `saved` is w itself while w is perturbed. `state1`, `state2` are
-  // momentum_buffer or exp_avg, and exp_avg_sq; `step` is Adam's 0-d step; `out` receives u for other bases.
-  Operand *w, *grad, *first, *saved, *cache, *state1, *state2, *step, *out;
+  // momentum_buffer or exp_avg, and exp_avg_sq; `step` is Adam's 0-d step; `out` receives u for other bases; `mask` are
+  // bits, one an entry in the order of w's memory, from a multiple of 4 bytes on: where 0, the entry is not perturbed.
+  Operand *w, *grad, *first, *saved, *cache, *state1, *state2, *step, *out, *mask;
   uint8_t* fresh;  // [n_tensors] 1: state1 has never been written (SGD's first step takes u undampened)
 
   const int64_t* numel;         // [n_tensors]
+  const int64_t* flat;          // [n_tensors] entries of the list before this tensor's
   const int32_t* group;         // [n_tensors] row of the per-group options
   const Filters* filters;       // [n_tensors]
   const int32_t* chunk_tensor;  // [n_chunks] which tensor; an empty tensor keeps its number and owns no chunk

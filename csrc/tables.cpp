@@ -86,7 +86,7 @@ Tables::Tables(at::TensorList like, std::vector<int32_t> group, int64_t chunk)
   for (int64_t t = 0; t < n; ++t) add_tensor(like[t], static_cast<int32_t>(t));
 
   Operand** rows[] = {&view.w,      &view.grad,   &view.first, &view.saved, &view.cache,
-                      &view.state1, &view.state2, &view.step,  &view.out};
+                      &view.state1, &view.state2, &view.step,  &view.out,   &view.mask};
   static_assert(std::size(rows) == kNRows);
   operands_.resize(kNRows * n);
   for (size_t row = 0; row < kNRows; ++row) *rows[row] = operands_.data() + row * n;
@@ -98,6 +98,7 @@ Tables::Tables(at::TensorList like, std::vector<int32_t> group, int64_t chunk)
   view.n_chunks = static_cast<int32_t>(chunk_tensor_.size());
   view.n_filter_runs = static_cast<int32_t>(filter_runs_.size());
   view.numel = numel_.data();
+  view.flat = flat_.data();
   view.group = group_.data();
   view.filters = filters_.data();
   view.chunk_tensor = chunk_tensor_.data();
@@ -121,6 +122,7 @@ void Tables::use_filters() {
 
 void Tables::add_tensor(const at::Tensor& like, int32_t index) {
   const int64_t numel = like.numel();
+  flat_.push_back(numel_.empty() ? 0 : flat_.back() + numel_.back());
   numel_.push_back(numel);
   for (int64_t at = 0; at < numel; at += chunk_) {
     chunk_tensor_.push_back(index);

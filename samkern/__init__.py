@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 from . import ops, optim, sharpness
 from .backends import NotBuiltError, backends, info, native, use_backend
 from .batchnorm import frozen_running_stats
+from .bitmask import BitMask
 from .optim import ASAM, SAM, LookLayerSAM, LookSAM, SAMk, SharpnessAware
 
 if native is None:
@@ -15,6 +16,7 @@ if native is None:
 __all__ = [
     "ASAM",
     "SAM",
+    "BitMask",
     "LookLayerSAM",
     "LookSAM",
     "NotBuiltError",

@@ -40,19 +40,23 @@ def norms(
     *,
     weighting: str = "gradient",
     eta: float = 0.0,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Sums of squares and products, per tensor and over all: float64 of shape (5, n + 1), rows as in ``SUMS``.
 
     ``aa``, ``ab``, ``bb``, ``ww``: over the lists; rows of a list that is not given are 0. ``tt``: the sum of
     ``(T a)^2``, T = 1 ("gradient"), ``|w| + eta`` ("element"), ``norm(w_f) + eta`` per dim-0 slice ("filter") or
-    ``norm(w_i) + eta`` per tensor ("layer").
+    ``norm(w_i) + eta`` per tensor ("layer"). ``mask``: bits over ``w``, or ``a``, see ``masks_like``: where 0, an entry
+    is left out of ``tt``.
     """
     device = a[0].device if a else None
     sums = torch.zeros(len(SUMS), len(a) + 1, dtype=torch.float64, device=device)
+    masks = masks_like(mask, w or a)
     for i, x in enumerate(a):
         weights = w[i] if w else None
         sums[0, i] = _dot(x, x)
-        sums[4, i] = _dot(x, x) if weights is None else _weighted_square(x, weights, weighting, eta)
+        kept = x if mask is None else torch.where(masks[i], x, 0)
+        sums[4, i] = _dot(kept, kept) if weights is None else _weighted_square(kept, weights, weighting, eta)
         if b:
             sums[1, i] = _dot(x, b[i])
             sums[2, i] = _dot(b[i], b[i])
@@ -60,6 +64,39 @@ def norms(
             sums[3, i] = _dot(weights, weights)
     sums[:, -1] = sums[:, :-1].sum(1)
     return sums
+
+
+def masks_like(bits: Tensor | None, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Bool tensors in the layouts of ``tensors``; all true without ``bits``.
+
+    ``bits``: uint8, one bit an entry in the order of the tensors' memory, lowest first, those of each tensor from a
+    multiple of 4 bytes on.
+    """
+    if bits is None:
+        return [torch.ones_like(x, dtype=torch.bool) for x in tensors]
+    parts = torch.split(bits, [mask_bytes(x.numel()) for x in tensors])
+    return [
+        unpack_bits(part, x.numel()).as_strided(x.shape, x.stride()) for part, x in zip(parts, tensors, strict=True)
+    ]
+
+
+def mask_bytes(n: int) -> int:
+    """Bytes that the bits of ``n`` entries take: whole words of 4."""
+    return (n + 31) // 32 * 4
+
+
+def pack_bits(flat: Tensor) -> Tensor:
+    """The bits of a bool tensor of one dimension."""
+    padded = torch.zeros(8 * mask_bytes(flat.numel()), dtype=torch.uint8, device=flat.device)
+    padded[: flat.numel()] = flat
+    weights = torch.tensor([1 << j for j in range(8)], dtype=torch.uint8, device=flat.device)
+    return (padded.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(part: Tensor, n: int) -> Tensor:
+    """``n`` bools from bits."""
+    places = torch.arange(8, dtype=torch.uint8, device=part.device)
+    return (part.unsqueeze(1) >> places).bitwise_and(1).bool().flatten()[:n]
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -139,13 +176,14 @@ def perturb(
     *,
     direction: str = "gradient",
     eta: float = 0.0,
+    mask: Tensor | None = None,
 ) -> None:
     """``saved = w; w += scale * f`` with f = g, ``sign(g)``, or ``T^2 g`` ("element", "filter").
 
-    A scale that is not finite leaves ``w`` as it is. Foret et al. 2021 (arXiv 2010.01412), eq. 2; T: Kwon et al. 2021
+    A scale that is not finite leaves ``w`` as it is, and a zero of ``mask`` (bits over ``w``) the entry. Foret et al. 2021 (arXiv 2010.01412), eq. 2; T: Kwon et al. 2021
     (arXiv 2102.11600), eq. 4.
     """
-    scales = scale.expand(len(w))
+    scales, masks = scale.expand(len(w)), masks_like(mask, w)
     for i, (x, dx, old) in enumerate(zip(w, g, saved, strict=True)):
         old.copy_(x)
         dtype = math_dtype(x.dtype)
@@ -158,7 +196,7 @@ def perturb(
             climbed = value + scales[i].to(dtype) * (t * t * grad)
         else:
             climbed = value + scales[i].to(dtype) * (grad.sign() if direction == "sign" else grad)
-        x.copy_(torch.where(scales[i].isfinite(), climbed, value))
+        x.copy_(torch.where(scales[i].isfinite() & masks[i], climbed, value))
 
 
 def restore(w: Sequence[Tensor], saved: Sequence[Tensor]) -> None:

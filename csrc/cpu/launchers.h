@@ -31,4 +31,9 @@ void update(const PlanView& plan, const UpdateOptions& options, const Pool& pool
 // leaves its sum of squares in plan.sums[kCC].
 void update_apply(const PlanView& plan, const UpdateOptions& options, const Applied& applied, const Pool& pool);
 
+// Writes plan.mask. plan.grad is in the order of the mask's bits.
+void select_mask(const PlanView& plan, const SelectOptions& options, const Pool& pool);
+
+void fisher_accumulate(const PlanView& plan, const FisherOptions& options, const Pool& pool);
+
 }  // namespace samkern::cpu

@@ -16,4 +16,8 @@ const char* perturb_apply(const PlanView& plan, const PerturbOptions& options, c
 const char* update_apply(const PlanView& plan, const UpdateOptions& options, const Applied& applied,
                          const device::Stream& stream);
 
+const char* select_mask(const PlanView& plan, const SelectOptions& options, const device::Stream& stream);
+int64_t n_select_counters(const PlanView& plan, const SelectOptions& options);
+const char* fisher_accumulate(const PlanView& plan, const FisherOptions& options, const device::Stream& stream);
+
 }  // namespace samkern::cuda

@@ -1,30 +1,19 @@
-"""The passes as functions over tensor lists: checked, sent to the right backend, usable under ``torch.compile``.
-
-Optimizers do not need these (they run whole half-steps on a plan); they are for methods of your own. Lists have equal
-lengths and shapes; tensors are dense float32, float64, bfloat16 or float16, in any mix, on one device. What is written
-must have the memory layout of the first list's tensors; what is only read may have any. Scalars that come out of a
-reduction are float64 tensors on the device of the lists, 0-d or with one entry per tensor: nothing is read back.
-
-Common errors: ``ValueError`` for lengths, shapes, layouts or options that do not fit, ``TypeError`` for dtypes that are
-not supported; each names the list and the index. Nothing has been written then.
-"""
+"""The passes of a step: norms, climbs, and what a base update needs."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from . import reference
-from .backends import native, resolve
-from .reference import CLIMBS, WEIGHTINGS, Parts
-from .tensors import DTYPES, is_dense, overlaps_itself, same_layout
-
-Tensors = Sequence[Tensor]
+from .. import reference
+from ..bitmask import BitMask
+from ..reference import CLIMBS, WEIGHTINGS, Parts
+from .dispatch import Tensors, check_mask, check_same_dtypes, implementation
 
 _DIRECTION = {"sign": "sign", "layer_sign": "sign", "element": "element", "filter": "filter"}
 _WEIGHTING = {"element": "element", "filter": "filter", "layer": "layer"}
@@ -38,6 +27,7 @@ def norms(
     *,
     weighting: str = "gradient",
     eta: float = 0.0,
+    mask: BitMask | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Sums of squares and products of whole lists in one pass, added in float64 in a fixed order.
@@ -49,6 +39,7 @@ def norms(
         weighting: T in the sum of ``(T a)^2``: 1 ("gradient"), ``|w| + eta`` ("element"), ``norm(w_f) + eta`` per dim-0
             slice ("filter"), ``norm(w_i) + eta`` per tensor ("layer").
         eta: see ``weighting``.
+        mask: if given, the sum of ``(T a)^2`` is over its ones only.
         backend: as for the optimizers.
 
     Returns:
@@ -61,8 +52,8 @@ def norms(
         raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
     if weighting != "gradient" and not w:
         raise ValueError(f"weighting={weighting!r} needs w")
-    run = _implementation("norms", backend, reads={"a": a, **_given(b=b, w=w)}, writes={})
-    sums: Tensor = run(list(a), list(b), list(w), weighting=weighting, eta=eta)
+    run = implementation("norms", backend, reads={"a": a, **_given(b=b, w=w)}, writes={})
+    sums: Tensor = run(list(a), list(b), list(w), weighting=weighting, eta=eta, mask=_bits(mask, w or a))
     return sums
 
 
@@ -77,6 +68,8 @@ def perturb(
     eta: float = 0.0,
     trust_clip: float = math.inf,
     sums: Tensor | None = None,
+    mask: BitMask | None = None,
+    renormalise: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Climbs: ``saved = w; w += eps``. A gradient that is not finite leaves ``w`` as it is.
@@ -90,6 +83,8 @@ def perturb(
             ``rho norm(w_i) / norm(g_i) sign(g_i)``; "trust" ``rho min(norm(w_i) / norm(g_i), trust_clip) g_i / norm(g)``.
         eta, trust_clip: see ``mode``.
         sums: what ``norms(g, (), w)`` with the same weighting returned, if it is there already.
+        mask: where its bit is 0, an entry of ``w`` stays as it is. ``eps`` is divided by the norm of all entries,
+        renormalise: or by that of the masked ones.
         backend: as for the optimizers.
 
     Returns:
@@ -104,15 +99,18 @@ def perturb(
     """
     if mode not in CLIMBS:
         raise ValueError(f"mode must be one of {', '.join(CLIMBS)}, got {mode!r}")
-    run = _implementation("perturb", backend, reads={"g": g}, writes={"w": w, "saved": saved})
-    _check_same_dtypes(saved, w)
+    run = implementation("perturb", backend, reads={"g": g}, writes={"w": w, "saved": saved})
+    check_same_dtypes(saved, w)
     if sums is None:
-        sums = norms(g, (), w, weighting=_WEIGHTING.get(mode, "gradient"), eta=eta, backend=backend)
+        within, weighting = mask if renormalise else None, _WEIGHTING.get(mode, "gradient")
+        sums = norms(g, (), w, weighting=weighting, eta=eta, mask=within, backend=backend)
     aa, _, _, ww, tt = sums
     finite = torch.stack([reference.finite(row[:-1], w) for row in (aa, ww, tt)]).all()
-    scale = reference.climb_scale(mode, rho, ww[:-1], aa[:-1], tt[-1].sqrt(), eta=eta, trust_clip=trust_clip)
+    # Modes that divide by a tensor's own norm have T = 1: tt is the square of that norm, masked if it is to be.
+    scale = reference.climb_scale(mode, rho, ww[:-1], tt[:-1], tt[-1].sqrt(), eta=eta, trust_clip=trust_clip)
     scale = torch.where(finite, scale, math.nan)
-    run(list(w), list(g), list(saved), scale, direction=_DIRECTION.get(mode, "gradient"), eta=eta)
+    direction = _DIRECTION.get(mode, "gradient")
+    run(list(w), list(g), list(saved), scale, direction=direction, eta=eta, mask=_bits(mask, w))
     return sums
 
 
@@ -125,8 +123,8 @@ def restore(w: Tensors, saved: Tensors, *, backend: str | None = None) -> None:
     >>> w
     [tensor([0., 0.])]
     """
-    run = _implementation("restore", backend, reads={"saved": saved}, writes={"w": w})
-    _check_same_dtypes(saved, w)
+    run = implementation("restore", backend, reads={"saved": saved}, writes={"w": w})
+    check_same_dtypes(saved, w)
     run(list(w), list(saved))
 
 
@@ -150,7 +148,7 @@ def decompose(c: Tensors, g: Tensors, g_s: Tensors, k: Tensor | None = None, *, 
     >>> c
     [tensor([0., 3.])]
     """
-    run = _implementation("decompose", backend, reads={"g_s": g_s, "g": g}, writes={"c": c})
+    run = implementation("decompose", backend, reads={"g_s": g_s, "g": g}, writes={"c": c})
     if k is None:
         sums = norms(g, g_s, backend=backend)
         k = reference.project_coeff(sums[1, -1], sums[0, -1])
@@ -170,7 +168,7 @@ def combine(
     >>> u
     [tensor([3., 3.])]
     """
-    run = _implementation("combine", backend, reads={"a": a, "b": b}, writes={"u": u})
+    run = implementation("combine", backend, reads={"a": a, "b": b}, writes={"u": u})
     run(list(u), list(a), list(b), coeff_a, coeff_b)
 
 
@@ -268,11 +266,19 @@ def update_adamw(
     update_adam(w, u, exp_avg, exp_avg_sq, step, weight_decay=weight_decay, decoupled=True, **options)
 
 
-# ---- checks and dispatch --------------------------------------------------------------------------------------------
+# ---- what the passes share
 
 
 def _given(**lists: Tensors) -> dict[str, Tensors]:
     return {name: tensors for name, tensors in lists.items() if tensors}
+
+
+def _bits(mask: BitMask | None, like: Tensors) -> Tensor | None:
+    """The bits of a mask in the order of the memory of ``like``, as kernels read them."""
+    if mask is None:
+        return None
+    check_mask(mask, like)
+    return torch.cat(mask.in_layout_of(like)) if like and not all(x.is_contiguous() for x in like) else mask.bits
 
 
 def _update(
@@ -283,81 +289,7 @@ def _update(
     if cache and (parts.get("coeff_a") is None or parts.get("coeff_b") is None):
         raise ValueError("cache needs coeff_a and coeff_b")
     reads = {"u": u, **_given(saved=saved, cache=cache)}
-    run = _implementation(name, backend, reads=reads, writes={"w": w, **writes})
+    run = implementation(name, backend, reads=reads, writes={"w": w, **writes})
     if saved:
-        _check_same_dtypes(saved, w)
+        check_same_dtypes(saved, w)
     return functools.partial(run, **{**parts, "saved": saved, "cache": cache})
-
-
-def _implementation(
-    name: str, backend: str | None, *, reads: dict[str, Tensors], writes: Mapping[str, Tensors]
-) -> Callable[..., Any]:
-    """Checks the lists and returns the function that runs the pass on the backend for their device."""
-    lists = {**writes, **reads}
-    first = next(iter(lists.values()))
-    if torch.compiler.is_compiling() or native is None or not native.lists_fit(list(lists.values()), len(writes)):
-        _check_lists(lists, writes)
-    resolved = resolve(first[0].device, backend) if first else "reference"
-    if resolved == "triton" and not torch.compiler.is_compiling():
-        from .triton_kernels import ops as kernels  # imports Triton
-
-        launched: Callable[..., Any] = getattr(kernels, name)
-        return launched
-    if resolved not in ("cpu", "cuda") or native is None:
-        function: Callable[..., Any] = getattr(reference, name)
-        return function
-    return _decompose if name == "decompose" else getattr(torch.ops.samkern, _OPS[name])
-
-
-def _check_lists(lists: Mapping[str, Tensors], writes: Mapping[str, Tensors]) -> None:
-    first_name, first = next(iter(lists.items()))
-    for list_name, tensors in lists.items():
-        if len(tensors) != len(first):
-            raise ValueError(
-                f"{list_name} has {len(tensors)} tensors, {first_name} has {len(first)}; lists must be equally long"
-            )
-        for i, (x, like) in enumerate(zip(tensors, first, strict=True)):
-            _check_tensor(f"{list_name}[{i}]", x, like, written=list_name in writes)
-
-
-def _check_tensor(what: str, x: Tensor, like: Tensor, *, written: bool) -> None:
-    if x.layout != torch.strided or x.dtype not in DTYPES:
-        raise TypeError(
-            f"{what} must be a dense float32, float64, bfloat16 or float16 tensor, got {x.layout} {x.dtype}"
-        )
-    if x.shape != like.shape or x.device != like.device:
-        raise ValueError(f"{what} is {tuple(x.shape)} on {x.device}, expected {tuple(like.shape)} on {like.device}")
-    if written and (overlaps_itself(x) or not is_dense(x) or not same_layout(x, like)):
-        raise ValueError(
-            f"{what} is written: it must be dense with strides {like.stride()}, got {x.stride()}; pass a copy"
-        )
-
-
-def _check_same_dtypes(saved: Tensors, w: Tensors) -> None:
-    for i, (x, like) in enumerate(zip(saved, w, strict=True)):
-        if x.dtype != like.dtype:
-            raise TypeError(f"saved[{i}] must be {like.dtype} like w[{i}], got {x.dtype}")
-
-
-_OPS = {name: f"{name}_" for name in ("perturb", "restore", "combine", "update_sgd", "update_adam", "update_adamw")}
-_OPS["norms"] = "norms"
-
-
-def _decompose(c: list[Tensor], g: list[Tensor], g_s: list[Tensor], k: Tensor) -> Tensor:
-    cc = torch.empty(len(c) + 1, dtype=torch.float64, device=k.device)
-    torch.ops.samkern.decompose_(c, g, g_s, k, cc)
-    return cc
-
-
-if native is not None:
-    # Shapes only, for torch.compile: every op writes what its schema says, and returns nothing but for norms.
-    @torch.library.register_fake("samkern::norms")  # type: ignore[untyped-decorator]
-    def _norms_fake(a: list[Tensor], b: list[Tensor], w: list[Tensor], weighting: str = "", eta: float = 0.0) -> Tensor:
-        return a[0].new_empty(len(reference.SUMS), len(a) + 1, dtype=torch.float64)
-
-    def _nothing(*args: Any, **options: Any) -> None:
-        return None
-
-    for _name in (*_OPS.values(), "decompose_"):
-        if _name != "norms":
-            torch.library.register_fake(f"samkern::{_name}")(_nothing)

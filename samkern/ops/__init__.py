@@ -1,0 +1,37 @@
+"""The passes as functions over tensor lists: checked, sent to the right backend, usable under ``torch.compile``.
+
+Optimizers do not need these (they run whole half-steps on a plan); they are for methods of your own. Lists have equal
+lengths and shapes; tensors are dense float32, float64, bfloat16 or float16, in any mix, on one device. What is written
+must have the memory layout of the first list's tensors; what is only read may have any. Scalars that come out of a
+reduction are float64 tensors on the device of the lists, 0-d or with one entry per tensor: nothing is read back.
+
+Common errors: ``ValueError`` for lengths, shapes, layouts or options that do not fit, ``TypeError`` for dtypes that are
+not supported; each names the list and the index. Nothing has been written then.
+"""
+
+from .masks import drop_grow_mask, fisher_accumulate, random_mask, topk_mask
+from .passes import (
+    combine,
+    decompose,
+    norms,
+    perturb,
+    restore,
+    update_adam,
+    update_adamw,
+    update_sgd,
+)
+
+__all__ = [
+    "combine",
+    "decompose",
+    "drop_grow_mask",
+    "fisher_accumulate",
+    "norms",
+    "perturb",
+    "random_mask",
+    "restore",
+    "topk_mask",
+    "update_adam",
+    "update_adamw",
+    "update_sgd",
+]

@@ -1,0 +1,113 @@
+"""From a call to an implementation: checks of the lists, and the backend for their device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference, reference_masks
+from ..backends import native, resolve
+from ..bitmask import BitMask
+from ..tensors import DTYPES, is_dense, overlaps_itself, same_layout
+
+Tensors = Sequence[Tensor]
+
+
+def implementation(
+    name: str, backend: str | None, *, reads: dict[str, Tensors], writes: Mapping[str, Tensors]
+) -> Callable[..., Any]:
+    """Checks the lists and returns the function that runs the pass on the backend for their device."""
+    lists = {**writes, **reads}
+    first = next(iter(lists.values()))
+    if torch.compiler.is_compiling() or native is None or not native.lists_fit(list(lists.values()), len(writes)):
+        _check_lists(lists, writes)
+    resolved = resolve(first[0].device, backend) if first else "reference"
+    if resolved == "triton" and not torch.compiler.is_compiling():
+        from ..triton_kernels import ops as kernels  # imports Triton
+
+        launched: Callable[..., Any] = getattr(kernels, name)
+        return launched
+    if resolved not in ("cpu", "cuda") or native is None:
+        function: Callable[..., Any] = getattr(reference if hasattr(reference, name) else reference_masks, name)
+        return function
+    return _decompose if name == "decompose" else getattr(torch.ops.samkern, _OPS[name])
+
+
+def _check_lists(lists: Mapping[str, Tensors], writes: Mapping[str, Tensors]) -> None:
+    first_name, first = next(iter(lists.items()))
+    for list_name, tensors in lists.items():
+        if len(tensors) != len(first):
+            raise ValueError(
+                f"{list_name} has {len(tensors)} tensors, {first_name} has {len(first)}; lists must be equally long"
+            )
+        for i, (x, like) in enumerate(zip(tensors, first, strict=True)):
+            _check_tensor(f"{list_name}[{i}]", x, like, written=list_name in writes)
+
+
+def _check_tensor(what: str, x: Tensor, like: Tensor, *, written: bool) -> None:
+    if x.layout != torch.strided or x.dtype not in DTYPES:
+        raise TypeError(
+            f"{what} must be a dense float32, float64, bfloat16 or float16 tensor, got {x.layout} {x.dtype}"
+        )
+    if x.shape != like.shape or x.device != like.device:
+        raise ValueError(f"{what} is {tuple(x.shape)} on {x.device}, expected {tuple(like.shape)} on {like.device}")
+    if written and (overlaps_itself(x) or not is_dense(x) or not same_layout(x, like)):
+        raise ValueError(
+            f"{what} is written: it must be dense with strides {like.stride()}, got {x.stride()}; pass a copy"
+        )
+
+
+def check_mask(mask: BitMask, like: Tensors) -> None:
+    """Raises ``ValueError`` unless ``mask`` is over tensors of these shapes, on their device."""
+    shapes = tuple(x.shape for x in like)
+    if mask.shapes != shapes:
+        i = next((i for i, (a, b) in enumerate(zip(mask.shapes, shapes, strict=False)) if a != b), None)
+        what = f"{len(mask.shapes)} tensors" if i is None else f"shape {tuple(mask.shapes[i])} at {i}"
+        expected = f"{len(shapes)}" if i is None else f"{tuple(shapes[i])}"
+        raise ValueError(f"mask is over other tensors: it has {what}, expected {expected}")
+    if like and mask.bits.device != like[0].device:
+        raise ValueError(f"mask is on {mask.bits.device}, expected {like[0].device}; move it by mask.to(device)")
+
+
+def check_same_dtypes(saved: Tensors, w: Tensors) -> None:
+    """Raises ``TypeError`` unless saved weights have the dtypes of the weights."""
+    for i, (x, like) in enumerate(zip(saved, w, strict=True)):
+        if x.dtype != like.dtype:
+            raise TypeError(f"saved[{i}] must be {like.dtype} like w[{i}], got {x.dtype}")
+
+
+_OPS = {
+    "norms": "norms",
+    "perturb": "perturb_",
+    "restore": "restore_",
+    "combine": "combine_",
+    "topk_mask": "topk_mask_",
+    "drop_grow_mask": "drop_grow_mask_",
+    "fisher_accumulate": "fisher_accumulate_",
+    "update_sgd": "update_sgd_",
+    "update_adam": "update_adam_",
+    "update_adamw": "update_adamw_",
+}
+
+
+def _decompose(c: list[Tensor], g: list[Tensor], g_s: list[Tensor], k: Tensor) -> Tensor:
+    cc = torch.empty(len(c) + 1, dtype=torch.float64, device=k.device)
+    torch.ops.samkern.decompose_(c, g, g_s, k, cc)
+    return cc
+
+
+if native is not None:
+    # Shapes only, for torch.compile: every op writes what its schema says, and returns nothing but for norms.
+    @torch.library.register_fake("samkern::norms")  # type: ignore[untyped-decorator]
+    def _norms_fake(a: list[Tensor], *args: Any, **options: Any) -> Tensor:
+        return a[0].new_empty(len(reference.SUMS), len(a) + 1, dtype=torch.float64)
+
+    def _nothing(*args: Any, **options: Any) -> None:
+        return None
+
+    for _name in (*_OPS.values(), "decompose_"):
+        if _name != "norms":
+            torch.library.register_fake(f"samkern::{_name}")(_nothing)
