@@ -48,12 +48,14 @@ stopwatch = Stopwatch()
 class Candidate:
     """One competitor. ``run`` does what is measured once, and starts the stopwatch itself where it counts.
 
-    ``max_err``: largest difference from the reference's result, relative to its largest entry.
+    ``max_err``: largest difference from the reference's result, relative to its largest entry. ``extra_bytes``: memory
+    that it takes at its peak, None: not measured.
     """
 
     name: str
     run: Callable[[], None]
     max_err: float = float("nan")
+    extra_bytes: int | None = None
     seconds: list[float] = field(default_factory=list)
 
     def timed(self) -> None:
@@ -87,6 +89,7 @@ class Row:
     samkern: str
     commit: str
     time: str
+    extra_bytes: int | None = None
 
 
 class Copy:
@@ -170,6 +173,7 @@ class Harness:
             samkern=samkern.__version__,
             commit=(_build_facts() or {}).get("commit", "unknown"),
             time=time.strftime("%Y-%m-%dT%H:%M:%S"),
+            extra_bytes=candidate.extra_bytes,
         )
 
     def write(self) -> Path:
@@ -198,4 +202,7 @@ class Harness:
             peers = ", ".join(f"{row.backend} {row.p50_us / ours.p50_us:.2f}" for row in rows[1:])
             numbers = f"{ours.p50_us / 1e3:>9.3f}{ours.bytes / ours.n_params:>9.1f}{ours.pct_copy:>8.0f}"
             lines.append(f"{measured:<10}{method:<22}{shape_set:<13}{numbers}   {peers}")
+            if any(row.extra_bytes is not None for row in rows):
+                extra = ", ".join(f"{row.backend} {row.extra_bytes / 1e6:.1f}" for row in rows if row.extra_bytes is not None)
+                lines.append(f"{'':<45}   MB at the peak: {extra}")
         return "\n".join([*lines, *self.skipped])

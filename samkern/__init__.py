@@ -4,11 +4,12 @@ import warnings
 
 __version__ = "0.1.0"
 
-from . import ops, optim, sharpness
+from . import fisher, ops, optim, sharpness
 from .backends import NotBuiltError, backends, info, native, use_backend
 from .batchnorm import frozen_running_stats
 from .bitmask import BitMask
-from .optim import ASAM, SAM, LookLayerSAM, LookSAM, SAMk, SharpnessAware
+from .fisher import SampleLosses
+from .optim import ASAM, SAM, SSAMD, SSAMF, LookLayerSAM, LookSAM, SAMk, SharpnessAware
 
 if native is None:
     warnings.warn(f"samkern runs on plain PyTorch passes, which are slower: {backends()['cpu'].why}", stacklevel=2)
@@ -16,13 +17,17 @@ if native is None:
 __all__ = [
     "ASAM",
     "SAM",
+    "SSAMD",
+    "SSAMF",
     "BitMask",
     "LookLayerSAM",
     "LookSAM",
     "NotBuiltError",
     "SAMk",
+    "SampleLosses",
     "SharpnessAware",
     "backends",
+    "fisher",
     "frozen_running_stats",
     "info",
     "ops",

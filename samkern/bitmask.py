@@ -46,6 +46,11 @@ class BitMask:
         return cls(torch.zeros(n_bytes, dtype=torch.uint8, device=device), tuple(x.shape for x in like))
 
     @classmethod
+    def ones(cls, like: Sequence[Tensor]) -> BitMask:
+        """All ones."""
+        return cls.pack([torch.ones(x.shape, dtype=torch.bool, device=x.device) for x in like])
+
+    @classmethod
     def pack(cls, tensors: Sequence[Tensor]) -> BitMask:
         """From bool tensors."""
         parts = [pack_bits(x.flatten()) for x in tensors]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .backends import native
+from .bitmask import BitMask
 from .options import UNSCALED, Base, BaseGroup, ClimbGroup, MixOptions, Scaling
 from .reference_plan import ReferencePlan
 
@@ -49,7 +50,9 @@ class Kept:
         """The same for another list of parameters: those that stay keep what they had."""
         kept = Kept(params)
         places = {p: i for i, p in enumerate(self.params)}
-        kept.cache = {p: self.cache[p] for p in params if p in self.cache}
+        for name in ("cache", "masks", "squares"):
+            ours = getattr(self, name)
+            setattr(kept, name, {p: ours[p] for p in params if p in ours})
         for i, p in enumerate(params):
             if p in places:
                 kept.cache_norm[i] = self.cache_norm[places[p]]
@@ -120,7 +123,15 @@ def make_plan(backend: str, params: list[Tensor], group: list[int], kept: Kept) 
     for i, p in enumerate(params):
         if p in kept.cache:
             plan.bind_cache(i, kept.cache[p])
+    bind_masks(plan, kept)
     return plan
+
+
+def bind_masks(plan: TensorPlan, kept: Kept) -> None:
+    """Gives a plan the masks, in the order of each parameter's memory."""
+    for i, p in enumerate(kept.params):
+        bits = kept.masks.get(p)
+        plan.bind_mask(i, None if bits is None else BitMask(bits, (p.shape,)).in_layout_of([p])[0])
 
 
 def _implementation(backend: str) -> Callable[..., TensorPlan]:

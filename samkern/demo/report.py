@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from .study import N_TRAIN, Result, Row
 
 COLUMNS = ("method", "test %", "best %", "train %", "top eigenvalue", "pairs/step", "time/step", "own share")
-MARKERS = "osD^v<>P"  # methods that cost and reach the same would hide each other
+MARKERS = "osD^v<>PX*"  # methods that cost and reach the same would hide each other
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sklearn.datasets import load_digits
@@ -15,11 +15,20 @@ from torch.nn import functional
 from torch.optim import SGD, Optimizer
 from tqdm import tqdm
 
-from ..optim import ASAM, SAM, LookLayerSAM, LookSAM, SAMk
+from ..fisher import SampleLosses
+from ..optim import ASAM, SAM, SSAMD, SSAMF, LookLayerSAM, LookSAM, SAMk
 from ..sharpness import top_eigenvalue
 
 N_TRAIN, BATCH = 1200, 64
 BASE: dict[str, Any] = {"lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4}
+
+
+class Task(NamedTuple):
+    """What an optimizer may want to know of a run: the training data and the number of steps."""
+
+    x: Tensor
+    y: Tensor
+    n_steps: int
 
 
 @dataclass(frozen=True)
@@ -27,23 +36,39 @@ class Entry:
     """A row of the table. ``longer``: factor on the epochs. ``in_quick``: whether the short form has it too."""
 
     name: str
-    make: Callable[[nn.Module], Optimizer]
+    make: Callable[[nn.Module, Task], Optimizer]
     longer: int = 1
     in_quick: bool = True
 
 
-def _around(method: type, **options: Any) -> Callable[[nn.Module], Optimizer]:
-    return lambda model: method(model.parameters(), SGD, model=model, **options, **BASE)
+def _around(method: type, **options: Any) -> Callable[[nn.Module, Task], Optimizer]:
+    return lambda model, _: method(model.parameters(), SGD, model=model, **options, **BASE)
+
+
+def _sgd(model: nn.Module, _: Task) -> Optimizer:
+    return SGD(model.parameters(), **BASE)
+
+
+def _ssam_f(model: nn.Module, task: Task) -> Optimizer:
+    losses = SampleLosses(model, functional.cross_entropy, (task.x, task.y), num_samples=256)
+    return SSAMF(model.parameters(), SGD, rho=0.2, sample_losses=losses, refresh_interval=95, model=model, **BASE)
+
+
+def _ssam_d(model: nn.Module, task: Task) -> Optimizer:
+    options = {"total_steps": task.n_steps, "refresh_interval": 95}
+    return SSAMD(model.parameters(), SGD, rho=0.2, model=model, **options, **BASE)
 
 
 ENTRIES: tuple[Entry, ...] = (
-    Entry("SGD", lambda model: SGD(model.parameters(), **BASE)),
-    Entry("SGD, twice the epochs", lambda model: SGD(model.parameters(), **BASE), longer=2, in_quick=False),
+    Entry("SGD", _sgd),
+    Entry("SGD, twice the epochs", _sgd, longer=2, in_quick=False),
     Entry("SAM (rho 0.2)", _around(SAM, rho=0.2)),
     Entry("ASAM (rho 2, eta 0.01)", _around(ASAM, rho=2.0), in_quick=False),
     Entry("SAM-k (k 5)", _around(SAMk, rho=0.2, k=5)),
     Entry("LookSAM (k 2)", _around(LookSAM, rho=0.2, k=2)),
     Entry("LookSAM (k 5)", _around(LookSAM, rho=0.2, k=5)),
+    Entry("SSAM-F (half the entries)", _ssam_f),
+    Entry("SSAM-D (half the entries)", _ssam_d, in_quick=False),
     Entry("Look-LayerSAM (rho 0.02, k 5)", _around(LookLayerSAM, rho=0.02, k=5), in_quick=False),
 )
 
@@ -146,10 +171,10 @@ def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
 def train(entry: Entry, setting: Setting, seed: int, progress: tqdm[Any]) -> Run:
     """One run: SGD-momentum with cosine decay as the base, batches in an order that depends on the seed alone."""
     data, net = load(setting.noise, seed), make_net(seed)
-    opt = entry.make(net)
     epochs = setting.epochs * entry.longer
-    batches_per_epoch = N_TRAIN // BATCH + 1
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, epochs * batches_per_epoch)
+    n_steps = epochs * (N_TRAIN // BATCH + 1)
+    opt = entry.make(net, Task(data.train_x, data.train_y, n_steps))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, n_steps)
     generator = torch.Generator().manual_seed(1000 + seed)
     curve, steps = [], 0
     for _ in range(epochs):
@@ -181,7 +206,8 @@ def time_steps(rows: list[Row], setting: Setting, rounds: int = 60, warm_up: int
     data = load(setting.noise, 0)
     x, y = data.train_x[:BATCH], data.train_y[:BATCH]
     nets = [make_net(0) for _ in rows]
-    opts = [row.entry.make(net) for row, net in zip(rows, nets, strict=True)]
+    task = Task(data.train_x, data.train_y, rounds)
+    opts = [row.entry.make(net, task) for row, net in zip(rows, nets, strict=True)]
     whole: list[dict[int, list[float]]] = [{} for _ in rows]
     inside: list[dict[int, list[float]]] = [{} for _ in rows]
     for t in range(warm_up + rounds):

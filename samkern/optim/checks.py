@@ -22,6 +22,12 @@ def at_least(name: str, value: float, bound: float, *, strictly: bool = False) -
         raise ValueError(f"{name} must be a finite number {'>' if strictly else '>='} {bound}, got {value!r}")
 
 
+def between(name: str, value: float, low: float, high: float) -> None:
+    """Raises ``ValueError`` unless ``low <= value <= high``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}")
+
+
 def at_least_int(name: str, value: int, bound: int) -> None:
     """Raises ``ValueError`` unless ``value`` is an integer ``>= bound``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < bound:

@@ -4,8 +4,8 @@
 
     closure() -> g    look? -> w + eps -> closure() -> g_s    restore, mix, base update
 
-Where it climbs, when it looks and what it keeps are choices (``perturbation``, ``schedule``, ``reuse``); the passes over
-the weights are two calls of a plan. This file is about order, and about what is put back when something fails in between.
+Where it climbs, which entries, when it looks and what it keeps are choices (``perturbation``, ``mask``, ``schedule``,
+``reuse``); the passes over the weights are two calls of a plan. This file is about order, and about what is put back when something fails in between.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..batchnorm import frozen_running_stats
+from ..bitmask import BitMask
 from ..options import Base, Mix, MixOptions, Report, Scaling
 from .around import OptimizerAround
 from .base import fused_rule, make_base
@@ -27,6 +28,8 @@ from .checks import at_least, one_number_on, one_of
 from .explain import explain
 from .fixed_gradients import FixedGradients
 from .keeper import PlanKeeper, parameters_of
+from .mask import Losses, Mask
+from .masking import Masking
 from .perturbation import Euclidean, Perturbation
 from .record import StepRecord
 from .reuse import Reuse
@@ -64,6 +67,7 @@ class SharpnessAware(OptimizerAround):
         perturbation: where the second gradient is taken.
         schedule: which steps look there.
         reuse: what a look leaves for the others.
+        mask: which entries are perturbed; None: all of them. A group with ``masked=False`` is perturbed entirely.
         radius: overrides the perturbation's ``rho``.
         model: its BatchNorm statistics are frozen in second passes.
         max_grad_norm: clips what the base receives to this norm, > 0. The perturbation is not affected.
@@ -99,7 +103,10 @@ class SharpnessAware(OptimizerAround):
     grad_scale: torch.Tensor | None = None
     found_inf: torch.Tensor | None = None
 
-    _capturable = False  # in optimizers that an earlier version has pickled
+    # In optimizers that an earlier version has pickled.
+    _capturable = False
+    mask: Mask | None = None
+    _masking: Masking | None = None
 
     perturbation: Perturbation
     schedule: Schedule
@@ -116,6 +123,7 @@ class SharpnessAware(OptimizerAround):
         perturbation: Perturbation | None = None,
         schedule: Schedule | None = None,
         reuse: Reuse | None = None,
+        mask: Mask | None = None,
         radius: float | None = None,
         model: nn.Module | None = None,
         max_grad_norm: float | None = None,
@@ -131,13 +139,16 @@ class SharpnessAware(OptimizerAround):
         one_of("cache_dtype", cache_dtype, (torch.float32, torch.bfloat16))
         one_of("nonfinite", nonfinite, ("skip", "ignore"))
         self.perturbation, self.schedule, self.reuse = perturbation or Euclidean(), schedule or Always(), reuse
+        self.mask = mask
         self.model, self.max_grad_norm, self.share_rng, self.nonfinite = model, max_grad_norm, share_rng, nonfinite
-        options = {**self.perturbation.options, **(reuse.options if reuse else {})}
+        options = {name: value for choice in (self.perturbation, reuse, mask) if choice for name, value in choice.options.items()}
         if radius is not None:
             options["rho"] = radius
         base = make_base(params, base, base_options)
         self._keeper = PlanKeeper(base, backend, cache_dtype)
-        super().__init__(base, options, not_per_group=("k", "scope", "min_sine"))
+        self._masking = Masking(mask, self._keeper) if mask is not None else None
+        of_all = ("k", "scope", "min_sine", "sparsity", "renormalise", "refresh_interval")
+        super().__init__(base, options, not_per_group=of_all)
         self.evaluations = self._t = 0
         self._capturable = capturable
         if capturable:
@@ -200,6 +211,8 @@ class SharpnessAware(OptimizerAround):
         try:
             record = replace(record, had_gradients=record.had_gradients or self._has_gradients())
             self._update(record)
+            if self._masking is not None:
+                self._masking.settle(self._t, record.report, self._scaling)
         except BaseException:
             self.restore()
             raise
@@ -216,18 +229,54 @@ class SharpnessAware(OptimizerAround):
     def restore(self) -> None:
         """Undoes ``first_step()``: weights bitwise, gradients if they were kept. Nothing to undo: does nothing."""
         self._keeper.restore()
+        if self._masking is not None:
+            self._masking.undo()
         self._finish()
+
+    @torch.no_grad()
+    def refresh_mask(self, losses: Losses | None = None) -> None:
+        """Makes the mask anew now, between two steps, beside the refreshes that are due by its interval.
+
+        ``losses``: of single samples, each with its own graph, for ``FisherMask(fisher="sample")``; None: what its
+        ``sample_losses`` gives. A ``DynamicMask`` looks at the gradients that are in place. ``.grad``, running statistics
+        and weights stay as they are.
+
+        Raises:
+            RuntimeError: the optimizer has no mask; a step is under way; there is nothing to make a mask from.
+            ValueError: losses are missing, or the mask takes none.
+        """
+        if self._masking is None:
+            raise RuntimeError("refresh_mask() of an optimizer without a mask: pass mask= to the constructor")
+        self.require_idle("refresh_mask()")
+        self._keeper.plan()
+        self._masking.refresh(self._t, self._groups(), losses, self._scaling, self.model)
+        self._masking.accept()
+
+    def masks(self) -> list[torch.Tensor | None]:
+        """For each parameter, in the order of the groups, which entries are perturbed: bool, None for all of them."""
+        masks = self._keeper.kept.masks
+        return [
+            BitMask(masks[p], (p.shape,)).unpack()[0] if p in masks else None
+            for p in parameters_of(self.base)
+        ]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Our options of each group, by their plain names, with its parameters."""
+        return [{**self.options(group), "params": group["params"]} for group in self.param_groups]
 
     def _first_half(self, keep: bool) -> bool:
         plan = self._keeper.plan()
         looks = self.schedule.look(self._t)
         report = torch.empty(len(Report), dtype=torch.float64, device=self._keeper.kept.skips.device)
         record = StepRecord(looks, 2 if looks else 1, self._has_gradients(), report)
+        if self._masking is not None:
+            self._masking.before_climb(self._t, self._groups(), looks, self._scaling, self.model)
         if looks:
             climbs = [self.perturbation.climb(self.options(group)) for group in self.param_groups]
             if self._capturable:
                 self._fixed.set_aside(parameters_of(self.base))
-            plan.perturb(climbs, keep or self.reuse is not None, report, self._scaling)
+            renormalise = self.mask is not None and self.mask.renormalise
+            plan.perturb(climbs, keep or self.reuse is not None, report, self._scaling, renormalise)
             if self._capturable:
                 self._fixed.lend()
             if self.model is not None:
@@ -285,6 +334,8 @@ class SharpnessAware(OptimizerAround):
         self.perturbation.check(options)
         if self.reuse is not None:
             self.reuse.check(options)
+        if self.mask is not None:
+            self.mask.check(options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the new group may override our options. Between the two halves of a step it raises."""

@@ -42,7 +42,12 @@ def _passes(opt: SharpnessAware, keeper: PlanKeeper) -> list[str]:
     )
     choices = ", ".join(
         f"{kind} {type(choice).__name__ if choice else 'nothing'}"
-        for kind, choice in (("perturbation", opt.perturbation), ("schedule", opt.schedule), ("reuse", opt.reuse))
+        for kind, choice in (
+            ("perturbation", opt.perturbation),
+            ("mask", opt.mask),
+            ("schedule", opt.schedule),
+            ("reuse", opt.reuse),
+        )
     )
     return [f"{type(opt).__name__}: {choices}", f"backend: {backend}", f"update: {update}"]
 
@@ -52,5 +57,8 @@ def _group(opt: SharpnessAware, index: int, group: dict[str, Any]) -> str:
     climb = opt.perturbation.climb(opt.options(group))
     rho = "a tensor" if climb.rho_on_device is not None else f"{climb.rho:g}"
     how = f"rho = {rho}, {_FORMULAS[climb.climb]}" if climb.perturbs else "not perturbed (rho = 0)"
+    if opt.mask is not None and climb.perturbs:
+        masked = opt.options(group)["masked"]
+        how += ", on the entries that the mask chooses" if masked else ", on all entries (masked=False)"
     dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in group["params"]}))
     return f"group {index}: {len(group['params'])} tensors, {numel:,} entries, {dtypes or 'empty'}; {how}"

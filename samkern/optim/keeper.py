@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import backends
-from ..plan import Kept, TensorPlan, make_plan
-from ..reference import math_dtype
+from ..plan import Kept, TensorPlan, bind_masks, make_plan
+from ..reference import mask_bytes, math_dtype
 from ..tensors import check_parameters, is_capturing, is_dense
 from .base import FusedRule, fitted, fused_rule
 
@@ -83,7 +83,7 @@ class PlanKeeper:
         if rule is not None:
             missing = plan.missing_state([rule.needs_state(group) for group in self.base.param_groups])
             if missing:
-                self._refuse_while_recording("state of the base optimizer")
+                self.refuse_while_recording("state of the base optimizer")
             for i in missing:
                 p = self.kept.params[i]
                 self.base.state[p].update(rule.create(p))
@@ -95,24 +95,42 @@ class PlanKeeper:
     def _create_caches(self, plan: TensorPlan) -> None:
         missing = plan.missing_cache()
         if missing:
-            self._refuse_while_recording("a cache")
+            self.refuse_while_recording("a cache")
         for i in missing:
             p = self.kept.params[i]
             cache = self.kept.cache[p] = torch.zeros_like(p, dtype=self._cache_dtype(p), requires_grad=False)
             plan.bind_cache(i, cache)
 
+    def refuse_while_recording(self, what: str) -> None:
+        """Raises ``RuntimeError`` while a graph is recorded.
+
+        What is made then is not filled before the first replay, and again by every other.
+        """
+        if any(is_capturing(device) for device in {p.device for p in parameters_of(self.base)}):
+            raise RuntimeError(
+                f"{what} has to be made, and a graph is being recorded: take some steps before recording"
+            )
+
+    def bind_masks(self) -> None:
+        """Tells the plan, if there is one, which entries ``kept.masks`` lets through."""
+        if self._plan is not None:
+            bind_masks(self._plan, self.kept)
+
     def state_dict(self) -> dict[str, Any]:
         """What is kept, with parameters by their index."""
         index = {p: i for i, p in enumerate(self.kept.params)}
-        cache = {index[p]: cache for p, cache in self.kept.cache.items()}
-        return {"skips": self.kept.skips, "cache": cache, "cache_norm": self.kept.cache_norm}
+        state: dict[str, Any] = {"skips": self.kept.skips, "cache_norm": self.kept.cache_norm}
+        for name in ("cache", "masks", "squares"):
+            state[name] = {index[p]: value for p, value in getattr(self.kept, name).items()}
+        return state
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ``ValueError`` if ``state`` is of other parameters."""
         params = parameters_of(self.base)
-        for i, cache in state.get("cache", {}).items():
-            if i >= len(params) or cache.shape != params[i].shape:
-                raise ValueError(f"the checkpoint's cache {i}, shape {tuple(cache.shape)}, belongs to other parameters")
+        for name in ("cache", "masks", "squares"):
+            for i, x in state.get(name, {}).items():
+                if i >= len(params) or x.shape != ((mask_bytes(params[i].numel()),) if name == "masks" else params[i].shape):
+                    raise ValueError(f"the checkpoint's {name} {i}, shape {tuple(x.shape)}, belongs to other parameters")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes ``state_dict`` back; an empty mapping means a fresh start."""
@@ -123,6 +141,9 @@ class PlanKeeper:
             self.kept.cache_norm.copy_(state["cache_norm"])
             for i, cache in state["cache"].items():
                 self.kept.cache[params[i]] = fitted(cache, params[i], self._cache_dtype(params[i])).clone()
+            for name in ("masks", "squares"):
+                values = {params[i]: x.to(params[i].device, copy=True) for i, x in state.get(name, {}).items()}
+                setattr(self.kept, name, values)
 
     def base_state_dict(self) -> dict[str, Any]:
         """The base's, without momentum buffers that no step has written yet: torch has none before the first step."""
@@ -143,20 +164,15 @@ class PlanKeeper:
                 if value is not None:
                     self.base.state[p][key] = fitted(value, p, math_dtype(p.dtype)).clone()
 
-    def _refuse_while_recording(self, what: str) -> None:
-        """What is made while a graph is recorded is not filled before the first replay, and again by every other."""
-        if any(is_capturing(device) for device in {p.device for p in parameters_of(self.base)}):
-            raise RuntimeError(
-                f"{what} has to be made, and a graph is being recorded: take some steps before recording"
-            )
-
     def _build(self, resolved: str) -> TensorPlan:
-        self._refuse_while_recording("a plan of these parameters")
+        self.refuse_while_recording("a plan of these parameters")
         params = parameters_of(self.base)
         check_parameters(params, names_of(self.base))
         self.kept = self.kept.for_parameters(params)
         for p, cache in self.kept.cache.items():
             self.kept.cache[p] = fitted(cache, p, self._cache_dtype(p))
+        for rows in (self.kept.masks, self.kept.squares):  # in row-major order whatever the layout of the weights
+            rows.update({p: x.to(p.device) for p, x in rows.items()})
         group_of = [i for i, group in enumerate(self.base.param_groups) for _ in group["params"]]
         plan = make_plan(resolved if all(map(is_dense, params)) else "reference", params, group_of, self.kept)
         self._bind(plan, fused_rule(self.base)[0])
