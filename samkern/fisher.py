@@ -166,12 +166,9 @@ class SampleLosses:
         return 1
 
     def _vmapped(self, weights: _Weights, positions: range) -> Gradients:
-        # Given, though they stay: what a forward assigns to them is of no use after vmap.
-        buffers = dict(self._loss.named_buffers())
-
         def loss_of(values: dict[str, Tensor], x: Any, y: Any) -> Tensor:
             batch_of_one = tree_map(lambda part: part.unsqueeze(0), (x, y))
-            loss: Tensor = functional_call(self._loss, (values, buffers), batch_of_one)
+            loss: Tensor = functional_call(self._loss, values, batch_of_one)
             return loss
 
         values = {name: p.detach() for name, p in weights.inside.items()}

@@ -66,6 +66,19 @@ class Counting(nn.Module):
         return self.linear(x) * self.n
 
 
+class Assigning(nn.Module):
+    """Replaces a buffer in its forward: what vmap leaves there is of no use outside of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return self.linear(x - self.mean)
+
+
 class Branching(nn.Module):
     """Control flow that depends on the data. Half the samples take the other branch, which uses other weights."""
 
@@ -230,6 +243,7 @@ def test_chunks_have_a_row_for_each_sample_and_none_for_what_takes_no_part():
     for budget in (1, EVERYTHING):
         for chunk in cross_entropies(model, data, memory_budget=budget).gradients(params):
             assert [g is None for g in chunk] == [True, False, True, True, False]
+            assert not any(g.requires_grad for g in chunk if g is not None)
             assert [g.shape[1:] for g in chunk if g is not None] == [params[1].shape, params[4].shape]
 
 
@@ -372,7 +386,7 @@ def test_one_bad_entry_keeps_the_sample_out_of_all_parameters():
 
 
 @pytest.mark.parametrize("budget", [1, EVERYTHING], ids=["one", "all"])
-@pytest.mark.parametrize("model", [ConvNet, OwnNorm, Counting], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("model", [ConvNet, OwnNorm, Counting, Assigning], ids=lambda cls: cls.__name__)
 @pytest.mark.filterwarnings("ignore:gradients of single samples")
 def test_everything_is_left_as_it_was(model, budget):
     model = model() if model is not OwnNorm else nn.Sequential(nn.Linear(4, 3), OwnNorm(), nn.BatchNorm1d(3).eval())
@@ -486,6 +500,15 @@ def test_a_model_that_vmap_does_not_take_warns_once_and_agrees(cls):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert same_bits(fisher_diagonal(params, losses).squares, f.squares)
+
+
+def test_a_loss_of_one_entry_in_any_shape():
+    model, data = nn.Linear(4, 3), vectors()
+    losses = SampleLosses(model, nn.CrossEntropyLoss(reduction="none"), data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        f = fisher_diagonal([model.weight], losses)
+    assert close(f.squares, one_by_one(model, data, [model.weight]))
 
 
 def test_samples_of_different_shapes():
@@ -616,13 +639,26 @@ def test_wrong_arguments():
         fisher_diagonal([model.weight], SampleLosses(model, lambda out, y: 1.0, vectors()))
 
 
-def test_wrappers_are_looked_through():
-    model, data = nn.Linear(4, 3), vectors()
-    expected = fisher_diagonal([model.weight], cross_entropies(model, data)).squares
-    for wrapped in (nn.DataParallel(model), torch.compile(model), torch.compile(nn.DataParallel(model))):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert same_bits(fisher_diagonal([model.weight], cross_entropies(wrapped, data)).squares, expected)
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_wrappers_are_looked_through(process_group):
+    """A reducer that looks for unused parameters waits for the others, and refuses the next forward."""
+    model, data = ConvNet(), images()
+    expected = one_by_one(model, data, [model.head.weight])
+    parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    for wrapped in (nn.DataParallel(model), parallel, torch.compile(parallel)):
+        for budget in (1, EVERYTHING):
+            losses = cross_entropies(wrapped, data, memory_budget=budget)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert close(fisher_diagonal([model.head.weight], losses).squares, expected)
+    for _ in range(2):
+        F.cross_entropy(parallel(data[0]), data[1]).backward()
 
 
 # ---- the bar --------------------------------------------------------------------------------------------------------
@@ -655,6 +691,15 @@ def test_progress(monkeypatch, progress, delays):
     fisher_diagonal([model.weight], cross_entropies(model, vectors(5), progress=progress))
     assert [bar.delay for bar in Bar.made] == delays
     assert all((bar.total, bar.n, bar.leave, bar.closed) == (5, 5, False, True) for bar in Bar.made)
+
+
+def test_an_exception_takes_the_bar_away(monkeypatch):
+    monkeypatch.setattr(Bar, "made", [])
+    monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=Bar))
+    model = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="nonsense"):
+        fisher_diagonal([model.weight], cross_entropies(model, vectors()), backend="nonsense")
+    assert [bar.closed for bar in Bar.made] == [True]
 
 
 def test_without_tqdm(monkeypatch):
