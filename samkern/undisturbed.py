@@ -1,0 +1,56 @@
+"""Computing with a model on the side: afterwards it is as it was, and so are torch's random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from .tensors import overlaps_itself
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """In the block, layers with running statistics are in evaluation mode. Afterwards modes and buffers are as before."""
+    normalising = [m for m in module.modules() if m.training and _keeps_statistics(m)]
+    buffers = [
+        # What overlaps itself cannot be written in place, by nobody.
+        (owner, name, x, None if x.layout != torch.strided or overlaps_itself(x) else x.detach().clone(), x._version)
+        for owner in module.modules()
+        for name, x in owner.named_buffers(recurse=False)
+    ]
+    try:
+        for m in normalising:
+            m.training = False  # not eval(), which would change the modules within it
+        yield
+    finally:
+        for m in normalising:
+            m.training = True
+        for owner, name, x, copy, version in buffers:
+            if getattr(owner, name, None) is not x:
+                setattr(owner, name, x)
+            if copy is not None:
+                # Graphs that saved a buffer stay valid if it was not written: .data does not count as a write.
+                with torch.no_grad():
+                    (x.data if x._version == version else x).copy_(copy)
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    if isinstance(module, _NormBase) and module.track_running_stats:
+        return True
+    return any(isinstance(getattr(module, name, None), Tensor) for name in ("running_mean", "running_var"))
+
+
+@contextmanager
+def random_numbers(seed: int, device: torch.device) -> Iterator[None]:
+    """In the block, torch draws on from ``seed``. Afterwards from where it was before."""
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach every device, not only ours
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
