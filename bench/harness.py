@@ -203,6 +203,8 @@ class Harness:
             numbers = f"{ours.p50_us / 1e3:>9.3f}{ours.bytes / ours.n_params:>9.1f}{ours.pct_copy:>8.0f}"
             lines.append(f"{measured:<10}{method:<22}{shape_set:<13}{numbers}   {peers}")
             if any(row.extra_bytes is not None for row in rows):
-                extra = ", ".join(f"{row.backend} {row.extra_bytes / 1e6:.1f}" for row in rows if row.extra_bytes is not None)
+                extra = ", ".join(
+                    f"{row.backend} {row.extra_bytes / 1e6:.1f}" for row in rows if row.extra_bytes is not None
+                )
                 lines.append(f"{'':<45}   MB at the peak: {extra}")
         return "\n".join([*lines, *self.skipped])

@@ -305,26 +305,8 @@ def _add(squares: Sequence[Tensor], grads: Sequence[Tensor], *, backend: str | N
     dtypes = {math_dtype(g.dtype) for g in grads}
     largest = torch.finfo(torch.float32 if torch.float32 in dtypes else torch.float64).max
     left_out = ~(ops.norms(grads, backend=backend)[0, -1] <= largest)  # a comparison with NaN is false
-    _fisher_accumulate(squares, grads, skip=left_out, backend=backend)
+    ops.fisher_accumulate(squares, grads, skip=left_out, backend=backend)
     return left_out
-
-
-# Stands in for ops.fisher_accumulate, with its signature; to be deleted as soon as that is there.
-@torch.no_grad()
-def _fisher_accumulate(
-    f: Sequence[Tensor],
-    g: Sequence[Tensor],
-    *,
-    keep: float = 1.0,
-    gain: float = 1.0,
-    scale: Tensor | None = None,
-    skip: Tensor | None = None,
-    backend: str | None = None,
-) -> None:
-    for x, dx in zip(f, g, strict=True):
-        value = dx.to(x.dtype) if scale is None else scale.to(x.dtype) * dx.to(x.dtype)
-        new = keep * x + gain * (value * value)
-        x.copy_(new if skip is None else torch.where(skip, x, new))
 
 
 def _from_chunks(chunks: Iterable[Gradients]) -> Samples:

@@ -32,10 +32,14 @@ class Kept:
 
     ``cache``: one tensor a parameter. ``cache_norm``: float64, one entry per parameter and one over all; 0 means not to
     be reused. ``fresh``: uint8, 1 where SGD's buffer has never been written. ``skips``: int64, skipped steps so far.
+    ``masks``: bits in row-major order, of the parameters that are perturbed in part. ``squares``: running means of squared
+    gradients, row-major.
     """
 
     params: list[Tensor]
     cache: dict[Tensor, Tensor] = field(default_factory=dict)
+    masks: dict[Tensor, Tensor] = field(default_factory=dict)
+    squares: dict[Tensor, Tensor] = field(default_factory=dict)
     cache_norm: Tensor = field(init=False)
     fresh: Tensor = field(init=False)
     skips: Tensor = field(init=False)

@@ -12,7 +12,7 @@ import torch
 
 import samkern
 
-from .oracles import bases, looksam, sam
+from .oracles import bases, looksam, sam, ssam
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class OwnStepSGD(torch.optim.SGD):
     """A base that samkern does not know: it must run its own ``step``."""
 
 
+MASKED = {"rho": 0.1, "sparsity": 0.4, "refresh_interval": 3}
 METHODS = [
     Method("SAM", samkern.SAM, sam.SAM, {"rho": 0.1}),
     Method("SAM_inf", samkern.SAM, sam.SAM, {"rho": 0.01, "p": math.inf}),
@@ -70,6 +71,8 @@ METHODS = [
         )
         for mode in ("lars", "sign", "trust")
     ),
+    Method("SSAMF_batch", samkern.SSAMF, ssam.SSAMF, {"fisher": "batch", "fisher_every": 2, **MASKED}),
+    Method("SSAMD", samkern.SSAMD, ssam.SSAMD, {"total_steps": 12, "regrow": False, "renormalise": True, **MASKED}),
 ]
 BASES = [
     Base("SGD", torch.optim.SGD, bases.Sgd, {"lr": 0.1}),

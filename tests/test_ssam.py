@@ -24,7 +24,7 @@ from .lists import FP32, affordable, same_bits
 from .methods import MOMENTUM, OwnStepSGD, method_named
 from .oracles.bases import Sgd
 from .oracles.looksam import LookSAM as LookSAMOracle
-from .oracles.masks import largest
+from .oracles.masks import top_k
 from .oracles.sam import ASAM as ASAMOracle
 from .oracles.ssam import SSAMD as SSAMDOracle
 from .problems import closure_for, flat, make_net, train, weights
@@ -50,7 +50,9 @@ def ones(opt):
 
 
 def same_masks(a, b):
-    return len(a) == len(b) and all((x is None and y is None) or torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    return [x is None for x in a] == [x is None for x in b] and all(
+        x is None or torch.equal(x, y) for x, y in zip(a, b, strict=True)
+    )
 
 
 def count(opt):
@@ -249,11 +251,13 @@ def test_a_fisher_mask_of_samples_takes_the_largest_entries(backend):
     residual = x @ model.weight.detach().t() - y
     fisher = (2 * residual * x).square().mean(0)
     losses = samkern.SampleLosses(model, F.mse_loss, (x, y))
-    opt = samkern.SSAMF(model.parameters(), torch.optim.SGD, lr=0.1, sparsity=0.6, sample_losses=losses, backend=backend)
+    opt = samkern.SSAMF(
+        model.parameters(), torch.optim.SGD, lr=0.1, sparsity=0.6, sample_losses=losses, backend=backend
+    )
     opt.refresh_mask()
-    assert torch.equal(opt.masks()[0].flatten(), torch.tensor(largest(fisher.numpy(), 3)))
+    assert torch.equal(opt.masks()[0].flatten(), torch.tensor(top_k(fisher.numpy(), 3)))
     squared_batch = (2 * residual * x).mean(0).square()
-    assert largest(squared_batch.numpy(), 3).tolist() != largest(fisher.numpy(), 3).tolist()
+    assert top_k(squared_batch.numpy(), 3).tolist() != top_k(fisher.numpy(), 3).tolist()
     by_generator = (F.mse_loss(model(a), b) for a, b in zip(x.split(1), y.split(1), strict=True))
     before = ones(opt)
     opt.refresh_mask(by_generator)
@@ -270,7 +274,9 @@ def test_the_engine_sweeps_on_refresh_steps_only_and_leaves_the_model_alone(back
         calls.append(opt._t)
         return losses
 
-    opt = samkern.SSAMF(net.parameters(), MOMENTUM.cls, **OPTIONS, sample_losses=sample_losses, model=net, backend=backend)
+    opt = samkern.SSAMF(
+        net.parameters(), MOMENTUM.cls, **OPTIONS, sample_losses=sample_losses, model=net, backend=backend
+    )
     twin = make_net(FP32)
     sam = samkern.SAM(twin.parameters(), MOMENTUM.cls, rho=0.1, **SGD, model=twin, backend=backend)
     train(net, opt, range(4), FP32)
@@ -283,10 +289,11 @@ def test_the_engine_sweeps_on_refresh_steps_only_and_leaves_the_model_alone(back
 # ---- with every other choice
 
 
-class MaskedLookASAM(LookSAMOracle, ASAMOracle):
+class MaskedLookASAM(LookSAMOracle):
     """LookSAM's reuse on ASAM's operator on a dynamic mask."""
 
     mode, eta = "filter", 0.01
+    operator = ASAMOracle.operator
 
     def __init__(self, w, base, mask, **options):
         super().__init__(w, base, **options)
@@ -320,7 +327,8 @@ def test_looksam_with_asams_operator_on_a_mask(backend):
 
 
 @pytest.mark.parametrize(
-    "name", ["SAM_inf", "ASAM_element", "ASAM_filter", "ASAM_layer", *(f"LookLayerSAM_{m}" for m in ("lars", "sign", "trust"))]
+    "name",
+    ["SAM_inf", "ASAM_element", "ASAM_filter", "ASAM_layer", *(f"LookLayerSAM_{m}" for m in ("lars", "sign", "trust"))],
 )
 @pytest.mark.parametrize("renormalise", [False, True])
 def test_every_climb_takes_a_mask(name, renormalise, fast):
@@ -328,20 +336,29 @@ def test_every_climb_takes_a_mask(name, renormalise, fast):
     method = method_named(name)
     perturbation = method.make([nn.Parameter(torch.ones(1))], MOMENTUM).perturbation
     ends = {}
-    for key, backend, sparsity in (("masked", fast, 0.5), ("reference", "reference", 0.5), ("ones", fast, 0.0), ("plain", fast, None)):
+    for key, backend, sparsity in (
+        ("masked", fast, 0.5),
+        ("reference", "reference", 0.5),
+        ("ones", fast, 0.0),
+        ("plain", fast, None),
+    ):
         mask = None if sparsity is None else DynamicMask(9, sparsity, renormalise=renormalise, refresh_interval=2)
         net = make_net(FP32)
-        opt = SharpnessAware(net.parameters(), torch.optim.SGD, **SGD, perturbation=perturbation, mask=mask, backend=backend)
+        opt = SharpnessAware(
+            net.parameters(), torch.optim.SGD, **SGD, perturbation=perturbation, mask=mask, backend=backend
+        )
         train(net, opt, range(3), FP32)
         ends[key] = weights(net)
-    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(ends["masked"], ends["reference"], strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(ends["masked"], ends["reference"], strict=True)
+    )
     assert same_bits(ends["ones"], ends["plain"])
     assert not same_bits(ends["masked"], ends["plain"])
 
 
 def test_clipping_and_a_base_with_a_step_of_its_own(backend):
     """F is of the gradients at w, even where the update writes over them."""
-    net, twin = make_net(), make_net()
+    net = make_net()
     clipped = by_batches(net.parameters(), OwnStepSGD, max_grad_norm=1e-3, backend=backend)
     closure_for(net, 0, clipped.zero_grad)()
     g = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
@@ -350,7 +367,6 @@ def test_clipping_and_a_base_with_a_step_of_its_own(backend):
     clipped.second_step()
     squares = clipped.state_dict()["samkern"]["squares"]
     assert all(torch.allclose(squares[i], 0.1 * x.square()) for i, x in enumerate(g) if x is not None)
-    del twin
 
 
 def test_under_a_loss_scale_the_same_numbers_are_accumulated(backend):
@@ -431,16 +447,12 @@ def test_an_exception_in_the_second_pass_puts_the_mask_back(make, error, backend
         opt.step(failing)
     assert same_masks(before, opt.masks())
     assert all(torch.equal(x, squares[i]) for i, x in opt.state_dict()["samkern"]["squares"].items())
-    twin, twin_net = copy.deepcopy((opt, net))
-    del twin, twin_net
-    net2 = make_net()
-    undisturbed = make(net2.parameters(), backend=backend)
-    train(net2, undisturbed, range(7))
-    net2_buffers_may_differ = [name for name, _ in net2.named_buffers()]
-    assert net2_buffers_may_differ
+    twin = make_net()
+    undisturbed = make(twin.parameters(), backend=backend)
+    train(twin, undisturbed, range(7))
     train(net, opt, [6])
     assert same_masks(opt.masks(), undisturbed.masks())
-    assert same_bits(weights(net), weights(net2))
+    assert same_bits(weights(net), weights(twin))
 
 
 @BOTH
@@ -476,8 +488,8 @@ def test_a_checkpoint_of_another_mask_is_refused(backend):
     opt = dynamic(net.parameters(), backend=backend)
     train(net, opt, range(2))
     bad = copy.deepcopy(opt.state_dict())
-    bad["samkern"]["masks"][0] = bad["samkern"]["masks"][0][:-1]
-    with pytest.raises(ValueError, match="masks 0"):
+    bad["samkern"]["masks"][1] = bad["samkern"]["masks"][1][:-1]
+    with pytest.raises(ValueError, match="masks 1"):
         opt.load_state_dict(bad)
 
 

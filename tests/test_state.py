@@ -103,7 +103,16 @@ def test_checkpoint_keys_are_torchs():
     state_dict = opt.state_dict()
     assert set(state_dict) == {"state", "param_groups", "samkern"}
     assert all(set(state) == {"step", "exp_avg", "exp_avg_sq"} for state in state_dict["state"].values())
-    assert set(state_dict["samkern"]) == {"version", "t", "evaluations", "skips", "cache", "cache_norm"}
+    assert set(state_dict["samkern"]) == {
+        "version",
+        "t",
+        "evaluations",
+        "skips",
+        "cache",
+        "cache_norm",
+        "masks",
+        "squares",
+    }
 
 
 @pytest.mark.parametrize("what", ["groups", "sizes", "cache", "format"])

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import reference
 from ..bitmask import BitMask
 from ..reference import CLIMBS, WEIGHTINGS, Parts
+from ..tensors import is_dense
 from .dispatch import Tensors, check_mask, check_same_dtypes, implementation
 
 _DIRECTION = {"sign": "sign", "layer_sign": "sign", "element": "element", "filter": "filter"}
@@ -52,6 +53,7 @@ def norms(
         raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
     if weighting != "gradient" and not w:
         raise ValueError(f"weighting={weighting!r} needs w")
+    a, w = _dense(a), _dense(w)
     run = implementation("norms", backend, reads={"a": a, **_given(b=b, w=w)}, writes={})
     sums: Tensor = run(list(a), list(b), list(w), weighting=weighting, eta=eta, mask=_bits(mask, w or a))
     return sums
@@ -271,6 +273,11 @@ def update_adamw(
 
 def _given(**lists: Tensors) -> dict[str, Tensors]:
     return {name: tensors for name, tensors in lists.items() if tensors}
+
+
+def _dense(tensors: Tensors) -> Tensors:
+    """The list that lays out a call that writes nothing: what has gaps or overlaps itself (an expanded gradient) is copied."""
+    return [x if x.is_contiguous() or is_dense(x) else x.contiguous() for x in tensors]
 
 
 def _bits(mask: BitMask | None, like: Tensors) -> Tensor | None:

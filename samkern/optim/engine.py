@@ -141,7 +141,12 @@ class SharpnessAware(OptimizerAround):
         self.perturbation, self.schedule, self.reuse = perturbation or Euclidean(), schedule or Always(), reuse
         self.mask = mask
         self.model, self.max_grad_norm, self.share_rng, self.nonfinite = model, max_grad_norm, share_rng, nonfinite
-        options = {name: value for choice in (self.perturbation, reuse, mask) if choice for name, value in choice.options.items()}
+        options = {
+            name: value
+            for choice in (self.perturbation, reuse, mask)
+            if choice
+            for name, value in choice.options.items()
+        }
         if radius is not None:
             options["rho"] = radius
         base = make_base(params, base, base_options)
@@ -255,10 +260,7 @@ class SharpnessAware(OptimizerAround):
     def masks(self) -> list[torch.Tensor | None]:
         """For each parameter, in the order of the groups, which entries are perturbed: bool, None for all of them."""
         masks = self._keeper.kept.masks
-        return [
-            BitMask(masks[p], (p.shape,)).unpack()[0] if p in masks else None
-            for p in parameters_of(self.base)
-        ]
+        return [BitMask(masks[p], (p.shape,)).unpack()[0] if p in masks else None for p in parameters_of(self.base)]
 
     def _groups(self) -> list[dict[str, Any]]:
         """Our options of each group, by their plain names, with its parameters."""

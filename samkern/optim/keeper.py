@@ -129,8 +129,12 @@ class PlanKeeper:
         params = parameters_of(self.base)
         for name in ("cache", "masks", "squares"):
             for i, x in state.get(name, {}).items():
-                if i >= len(params) or x.shape != ((mask_bytes(params[i].numel()),) if name == "masks" else params[i].shape):
-                    raise ValueError(f"the checkpoint's {name} {i}, shape {tuple(x.shape)}, belongs to other parameters")
+                if i >= len(params) or x.shape != (
+                    (mask_bytes(params[i].numel()),) if name == "masks" else params[i].shape
+                ):
+                    raise ValueError(
+                        f"the checkpoint's {name} {i}, shape {tuple(x.shape)}, belongs to other parameters"
+                    )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes ``state_dict`` back; an empty mapping means a fresh start."""

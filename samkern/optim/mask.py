@@ -81,8 +81,14 @@ class Mask(ABC):
         """``keep`` and ``gain`` if step ``t`` is to add its squared gradient to a running mean, else None."""
         return None
 
+    @property
     def wants_gradients(self) -> bool:
         """Whether ``refreshed`` looks at the gradients."""
+        return False
+
+    @property
+    def waits_for_losses(self) -> bool:
+        """Whether it is made by ``opt.refresh_mask(losses)`` only."""
         return False
 
 
@@ -139,9 +145,12 @@ class FisherMask(Mask):
     def initial(self, params: Sequence[Tensor], backend: str) -> BitMask | None:
         return None
 
+    @property
+    def waits_for_losses(self) -> bool:
+        return self.fisher == "sample" and self.sample_losses is None
+
     def is_due(self, t: int) -> bool:
-        can_be = self.fisher == "batch" or self.sample_losses is not None
-        return can_be and super().is_due(t)
+        return not self.waits_for_losses and super().is_due(t)
 
     def refreshed(self, sight: Sight) -> BitMask | None:
         params = list(sight.params)
@@ -155,7 +164,9 @@ class FisherMask(Mask):
             losses = sight.losses
             if losses is None:
                 if self.sample_losses is None:
-                    raise ValueError("refresh_mask() needs losses of single samples, or sample_losses= in the constructor")
+                    raise ValueError(
+                        "refresh_mask() needs losses of single samples, or sample_losses= in the constructor"
+                    )
                 losses = self.sample_losses()
             diagonal = fisher_diagonal(
                 params, losses, num_samples=self.num_samples, model=sight.model, backend=sight.backend
@@ -215,6 +226,7 @@ class DynamicMask(Mask):
         progress = min(t / self.total_steps, 1.0)
         return self.drop / 2 * (1 + math.cos(math.pi * progress))
 
+    @property
     def wants_gradients(self) -> bool:
         return True
 

@@ -38,9 +38,7 @@ class Masking:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_before": None, "_first": {}}
 
-    def before_climb(
-        self, t: int, groups: Groups, looks: bool, scaling: Scaling, model: nn.Module | None
-    ) -> None:
+    def before_climb(self, t: int, groups: Groups, looks: bool, scaling: Scaling, model: nn.Module | None) -> None:
         """Begins step ``t``, with the first gradients in place: refreshes the mask if it is due, and binds it.
 
         ``groups``: our options of each group, with its ``params``.
@@ -51,7 +49,7 @@ class Masking:
             self.refresh(t, groups, None, scaling, model)
         elif not kept.masks and (params := _covered(groups)):
             self._put(params, self.mask.initial(params, self._keeper.resolved()))
-        self._warn_if_idle(t)
+        self._warn_if_waiting(t)
         if self.mask.accumulates(t) is not None:
             # An update without a look may write over gradients.
             there = [p for p in _covered(groups) if p.grad is not None]
@@ -69,7 +67,7 @@ class Masking:
         self._keeper.refuse_while_recording("a mask")
         params, kept = _covered(groups), self._keeper.kept
         gradients = [p.grad for p in params]
-        sound = self._all_finite(gradients, scaling) if self.mask.wants_gradients() else None
+        sound = self._all_finite(gradients, scaling) if self.mask.wants_gradients else None
         old = _assembled(params, kept.masks)
         backend = self._keeper.resolved()
         sight = Sight(params, old, gradients, kept.squares, sound, losses, model, backend, t)
@@ -139,9 +137,10 @@ class Masking:
         sound = finite(sums[0, :-1], there)
         return sound if scaling.found_inf is None else sound & (scaling.found_inf.squeeze() == 0)
 
-    def _warn_if_idle(self, t: int) -> None:
+    def _warn_if_waiting(self, t: int) -> None:
         interval = self.mask.refresh_interval
-        if not self._warned and interval is not None and t >= interval and not self._keeper.kept.masks:
+        overdue = interval is not None and t >= interval and not self._keeper.kept.masks
+        if overdue and self.mask.waits_for_losses and not self._warned:
             warnings.warn(
                 f"{type(self.mask).__name__} has no mask after {t} steps, so that all entries are perturbed: pass "
                 "sample_losses=, or call opt.refresh_mask(losses)",

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from .loop import TINY, finite, norm
-from .masks import dropped_and_grown, largest, random_ones
+from .masks import drop_grow, grown, top_k
 from .sam import SAM
 
 
 class SSAM(SAM):
     """eps = rho m g / |g|, or / |m g|. ``masked``: for each weight, whether the mask chooses its entries."""
 
-    def __init__(
-        self, w, base, rho=0.1, sparsity=0.5, renormalise=False, refresh_interval=400, masked=None, **options
-    ):
+    def __init__(self, w, base, rho=0.1, sparsity=0.5, renormalise=False, refresh_interval=400, masked=None, **options):
         super().__init__(w, base, rho, **options)
         self.renormalise, self.refresh_interval = renormalise, refresh_interval
         masked = masked or [True] * len(w)
@@ -64,7 +63,7 @@ class SSAMF(SSAM):
 
     def prepare_mask(self, g):
         if self.is_due():
-            self.mask = largest(self.over_list(self.squares), self.k)
+            self.mask = top_k(self.over_list(self.squares), self.k)
 
     def look(self, g, closure):
         u = super().look(g, closure)
@@ -83,8 +82,8 @@ class SSAMD(SSAM):
     def prepare_mask(self, g):
         if self.mask is None:
             n = sum(self.w[i].numel() for i in self.chosen)
-            self.mask = random_ones(n, self.k, self.seed, 0)
+            self.mask = grown(np.ones(n, dtype=bool), self.k, self.seed, 0)
         if self.is_due() and finite(g):
             share = self.drop / 2 * (1 + math.cos(math.pi * min(self.t / self.total_steps, 1)))
             n_moved = round(share * self.k)
-            self.mask = dropped_and_grown(self.mask, self.over_list(g), n_moved, self.seed, self.t, self.regrow)
+            self.mask = drop_grow(self.mask, self.over_list(g), n_moved, self.seed, self.t, self.regrow)
