@@ -18,15 +18,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import samkern
-from samkern.optim import DynamicMask, EveryK, FisherMask, Filterwise, OrthogonalPart, SharpnessAware
+from samkern.optim import DynamicMask, EveryK, Filterwise, FisherMask, OrthogonalPart, SharpnessAware
 
 from .lists import FP32, affordable, same_bits
 from .methods import MOMENTUM, OwnStepSGD, method_named
+from .oracles import looksam, sam, ssam
 from .oracles.bases import Sgd
-from .oracles.looksam import LookSAM as LookSAMOracle
 from .oracles.masks import top_k
-from .oracles.sam import ASAM as ASAMOracle
-from .oracles.ssam import SSAMD as SSAMDOracle
 from .problems import closure_for, flat, make_net, train, weights
 from .test_state import through_a_file
 
@@ -135,9 +133,9 @@ def test_a_mask_of_ones_is_sam_and_one_of_zeros_the_base(renormalise, backend):
 def test_before_the_first_refresh_a_fisher_mask_lets_everything_through(backend):
     net, twin = make_net(), make_net()
     opt = by_batches(net.parameters(), backend=backend)
-    sam = samkern.SAM(twin.parameters(), torch.optim.SGD, rho=0.1, **SGD, backend=backend)
+    plain = samkern.SAM(twin.parameters(), torch.optim.SGD, rho=0.1, **SGD, backend=backend)
     train(net, opt, range(3))
-    train(twin, sam, range(3))
+    train(twin, plain, range(3))
     assert same_bits(weights(net), weights(twin))
     assert opt.masks() == [None] * len(opt.masks())
     train(net, opt, [3])
@@ -278,9 +276,9 @@ def test_the_engine_sweeps_on_refresh_steps_only_and_leaves_the_model_alone(back
         net.parameters(), MOMENTUM.cls, **OPTIONS, sample_losses=sample_losses, model=net, backend=backend
     )
     twin = make_net(FP32)
-    sam = samkern.SAM(twin.parameters(), MOMENTUM.cls, rho=0.1, **SGD, model=twin, backend=backend)
+    plain = samkern.SAM(twin.parameters(), MOMENTUM.cls, rho=0.1, **SGD, model=twin, backend=backend)
     train(net, opt, range(4), FP32)
-    train(twin, sam, range(4), FP32)
+    train(twin, plain, range(4), FP32)
     assert calls == [3]
     assert same_bits(list(net.buffers())[:2], list(twin.buffers())[:2])  # the statistics that SAM leaves
     assert all(module.training for module in net.modules())
@@ -289,18 +287,18 @@ def test_the_engine_sweeps_on_refresh_steps_only_and_leaves_the_model_alone(back
 # ---- with every other choice
 
 
-class MaskedLookASAM(LookSAMOracle):
+class MaskedLookASAM(looksam.LookSAM):
     """LookSAM's reuse on ASAM's operator on a dynamic mask."""
 
     mode, eta = "filter", 0.01
-    operator = ASAMOracle.operator
+    operator = sam.ASAM.operator
 
     def __init__(self, w, base, mask, **options):
         super().__init__(w, base, **options)
         self.adaptive, self.mask = [True] * len(w), mask
 
     def eps(self, g):
-        return self.mask.let_through(ASAMOracle.eps(self, g))
+        return self.mask.let_through(sam.ASAM.eps(self, g))
 
 
 def test_looksam_with_asams_operator_on_a_mask(backend):
@@ -317,7 +315,7 @@ def test_looksam_with_asams_operator_on_a_mask(backend):
         backend=backend,
     )
     w = list(twin.parameters())
-    chooser = SSAMDOracle(w, None, rho=1.0)
+    chooser = ssam.SSAMD(w, None, rho=1.0)
     chooser.prepare_mask([None] * len(w))
     oracle = MaskedLookASAM(w, Sgd(w, **SGD), chooser, rho=0.5, k=3, alpha=0.7)
     for t in range(affordable(backend, 8, 4)):

@@ -51,12 +51,15 @@ def _sgd(model: nn.Module, _: Task) -> Optimizer:
 
 def _ssam_f(model: nn.Module, task: Task) -> Optimizer:
     losses = SampleLosses(model, functional.cross_entropy, (task.x, task.y), num_samples=256)
-    return SSAMF(model.parameters(), SGD, rho=0.2, sample_losses=losses, refresh_interval=95, model=model, **BASE)
+    interval = 5 * (N_TRAIN // BATCH + 1)  # five epochs
+    return SSAMF(model.parameters(), SGD, rho=0.2, sample_losses=losses, refresh_interval=interval, model=model, **BASE)
 
 
 def _ssam_d(model: nn.Module, task: Task) -> Optimizer:
-    options = {"total_steps": task.n_steps, "refresh_interval": 95}
-    return SSAMD(model.parameters(), SGD, rho=0.2, model=model, **options, **BASE)
+    interval = 5 * (N_TRAIN // BATCH + 1)
+    return SSAMD(
+        model.parameters(), SGD, rho=0.2, total_steps=task.n_steps, refresh_interval=interval, model=model, **BASE
+    )
 
 
 ENTRIES: tuple[Entry, ...] = (

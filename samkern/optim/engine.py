@@ -5,7 +5,8 @@
     closure() -> g    look? -> w + eps -> closure() -> g_s    restore, mix, base update
 
 Where it climbs, which entries, when it looks and what it keeps are choices (``perturbation``, ``mask``, ``schedule``,
-``reuse``); the passes over the weights are two calls of a plan. This file is about order, and about what is put back when something fails in between.
+``reuse``); the passes over the weights are two calls of a plan. This file is about order, and about what is put back when
+something fails in between.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..bitmask import BitMask
 from ..fisher import SampleLosses, fisher_diagonal
-from .checks import at_least, at_least_int, between, one_of
+from .checks import at_least_int, between, one_of
 
 Losses = Iterable[Tensor] | SampleLosses
 
