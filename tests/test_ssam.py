@@ -453,6 +453,27 @@ def test_an_exception_in_the_second_pass_puts_the_mask_back(make, error, backend
     assert same_bits(weights(net), weights(twin))
 
 
+def test_an_exception_in_the_first_step_leaves_no_mask(backend):
+    net = make_net()
+    opt = dynamic(net.parameters(), backend=backend)
+    closure_for(net, 0, opt.zero_grad)()
+    opt.first_step()
+    assert count(opt) > 0
+    opt.restore()
+    assert opt.masks() == [None] * len(opt.masks())
+
+
+def test_a_mask_keeps_its_place(backend):
+    """A recorded graph reads it where it was."""
+    net = make_net()
+    opt = dynamic(net.parameters(), backend=backend)
+    places = []
+    for t in range(7):
+        train(net, opt, [t])
+        places.append([bits.data_ptr() for bits in opt.state_dict()["samkern"]["masks"].values()])
+    assert places[0] == places[3] == places[6]
+
+
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("how", ["file", "deepcopy", "pickle"])

@@ -78,6 +78,7 @@ class SharpnessAware(OptimizerAround):
             a replay reads anew (change them by ``fill_``, as torch's schedulers do). Gradients keep their places: those of
             second passes have memory of their own, and after a step ``p.grad`` is the first. Warm up some steps before
             recording, with ``zero_grad(set_to_none=False)``; with ``k > 1``, record a step that looks and one that does not.
+            A graph does not refresh a mask: make it before, and again by ``refresh_mask()`` between replays.
         nonfinite: "skip": a step with a NaN or infinite gradient changes nothing. "ignore": only the first gradient of a
             look is checked, which costs nothing.
         backend: name of the backend that runs the passes; by default the fastest one. See ``samkern.backends()``.

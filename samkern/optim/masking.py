@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,11 +33,12 @@ class Masking:
         self._idle()
 
     def _idle(self) -> None:
-        self._before: dict[Tensor, Tensor] | None = None
+        self._before: dict[Tensor, Tensor] | None = None  # the masks before this step, if it has changed them
+        self._refreshed = False
         self._first: dict[Tensor, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_before": None, "_first": {}}
+        return {**self.__dict__, "_before": None, "_refreshed": False, "_first": {}}
 
     def before_climb(self, t: int, groups: Groups, looks: bool, scaling: Scaling, model: nn.Module | None) -> None:
         """Begins step ``t``, with the first gradients in place: refreshes the mask if it is due, and binds it.
@@ -73,14 +75,17 @@ class Masking:
         sight = Sight(params, old, gradients, kept.squares, sound, losses, model, backend, t)
         new = self.mask.refreshed(sight) if params else None
         if new is not None:
-            self._before = kept.masks
             self._put(params, _same_on_all_ranks(new))
+            self._refreshed = True
 
     def settle(self, t: int, report: Tensor, scaling: Scaling) -> None:
         """Ends step ``t``: what a step that was skipped has changed is put back, without asking the device whether it was."""
-        skipped = (report[Report.SKIPPED_FIRST :] != 0).any()
         kept = self._keeper.kept
-        if self._before is not None:
+        if not self._refreshed and not self._first:
+            self._idle()
+            return
+        skipped = (report[Report.SKIPPED_FIRST :] != 0).any()
+        if self._refreshed and self._before is not None:
             for p, bits in kept.masks.items():
                 old = self._before.get(p)
                 bits.copy_(torch.where(skipped, BitMask.ones([p]).bits if old is None else old, bits))
@@ -111,12 +116,22 @@ class Masking:
     def undo(self) -> None:
         """Takes back what ``before_climb`` has done."""
         if self._before is not None:
-            self._keeper.kept.masks = self._before
-            self._keeper.bind_masks()
+            self._write(self._before)
         self._idle()
 
     def _put(self, params: Sequence[Tensor], mask: BitMask | None) -> None:
-        self._keeper.kept.masks = {} if mask is None else dict(zip(params, mask.parts(), strict=True))
+        if mask is not None:
+            self._before = {p: bits.clone() for p, bits in self._keeper.kept.masks.items()}
+            self._write(dict(zip(params, mask.parts(), strict=True)))
+
+    def _write(self, masks: Mapping[Tensor, Tensor]) -> None:
+        """Masks keep their places as long as they cover the same parameters: a CUDA graph may hold their addresses."""
+        kept = self._keeper.kept
+        if kept.masks.keys() == masks.keys():
+            for p, bits in kept.masks.items():
+                bits.copy_(masks[p])
+        else:
+            kept.masks = dict(masks)
         self._keeper.bind_masks()
 
     def _let_go(self, groups: Groups) -> None:
@@ -161,7 +176,7 @@ def _perturbs(rho: float | Tensor) -> bool:
 
 
 def _assembled(params: Sequence[Tensor], masks: Mapping[Tensor, Tensor]) -> BitMask | None:
-    if not params or list(masks) != list(params):
+    if not params or len(params) != len(masks) or not all(map(operator.is_, params, masks)):
         return None
     return BitMask(torch.cat(list(masks.values())), tuple(p.shape for p in params))
 
