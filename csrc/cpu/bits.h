@@ -10,6 +10,18 @@ namespace samkern::cpu {
 constexpr int64_t kWordBits = 32;
 constexpr int64_t kBlockWords = kBlock / kWordBits;
 
+// Bit i of a word, in lanes of a type: testing against constants vectorises on every instruction set, shifting lanes by
+// different numbers does not.
+template <typename Key>
+struct LaneBits {
+  Key at[kWordBits];
+  constexpr LaneBits() : at() {
+    for (int i = 0; i < kWordBits; ++i) at[i] = Key{1} << i;
+  }
+};
+template <typename Key>
+constexpr LaneBits<Key> kLaneBits{};
+
 // The word that holds the bit of entry i.
 inline uint32_t load_word(const Operand& bits, int64_t i) {
   uint32_t word;

@@ -10,27 +10,33 @@ import numpy as np
 
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:
     """The k largest scores; ties to the lowest index; NaN below everything."""
-    return first_of(np.arange(len(scores)), lambda i: (np.isnan(scores[i]), -scores[i]), k, len(scores))
+    return first_of(np.arange(len(scores)), descending(scores), k, len(scores))
 
 
 def drop_grow(mask: np.ndarray, g: np.ndarray, n: int, seed: int, t: int, regrow: bool) -> np.ndarray:
     """SSAM-D's move: drops the n active entries with the smallest gradient, then grows as many by random keys."""
     n = min(n, int(mask.sum()), len(mask) if regrow else int((~mask).sum()))
-    dropped = first_of(np.flatnonzero(mask), lambda i: (np.isnan(g[i]), abs(g[i])), n, len(mask))
+    dropped = first_of(np.flatnonzero(mask), descending(-abs(g)), n, len(mask))
     kept = mask & ~dropped
     return kept | grown(~kept if regrow else ~mask, n, seed, t)
 
 
 def grown(allowed: np.ndarray, n: int, seed: int, t: int) -> np.ndarray:
     """The n allowed entries with the largest random keys."""
-    keys = growth_keys(len(allowed), seed, t)
-    return first_of(np.flatnonzero(allowed), lambda i: -keys[i], n, len(allowed))
+    keys = growth_keys(len(allowed), seed, t).astype(np.float64)
+    return first_of(np.flatnonzero(allowed), descending(keys), n, len(allowed))
 
 
-def first_of(indices, key, n, length):
-    """Whether an index is among the n first of ``indices`` in the order of their keys."""
-    chosen = np.zeros(length, dtype=bool)
-    chosen[sorted(indices.tolist(), key=key)[:n]] = True  # sorted() is stable
+def descending(x: np.ndarray) -> np.ndarray:
+    """All indices, by stable sorts: NaN to the end, numbers from the largest down."""
+    return np.lexsort((np.where(np.isnan(x), 0, -x), np.isnan(x)))  # stable; the last key counts most
+
+
+def first_of(indices: np.ndarray, order: np.ndarray, n: int, length: int) -> np.ndarray:
+    """Whether an index is among the n of ``indices`` that come first in ``order``."""
+    candidate, chosen = np.zeros(length, dtype=bool), np.zeros(length, dtype=bool)
+    candidate[indices] = True
+    chosen[order[candidate[order]][:n]] = True
     return chosen
 
 
@@ -43,11 +49,11 @@ def bits(mask: np.ndarray, sizes: list[int]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def growth_keys(n: int, seed: int, t: int) -> list[int]:
+def growth_keys(n: int, seed: int, t: int) -> np.ndarray:
     """32-bit keys of entries 0 to n - 1: word ``i % 4`` of the block with counter (i // 4, t, 2)."""
     q = np.arange((n + 3) // 4, dtype=np.uint64)
     counter = [q & np.uint64(0xFFFFFFFF), q >> np.uint64(32), np.full_like(q, t), np.full_like(q, 2)]
-    return philox(counter, [seed % 2**32, seed // 2**32 % 2**32]).T.flatten()[:n].tolist()
+    return philox(counter, [seed % 2**32, seed // 2**32 % 2**32]).T.flatten()[:n]
 
 
 def philox(counter, key) -> np.ndarray:
