@@ -72,7 +72,8 @@ SAMKERN_DEVICE void with_math_type(const Operand& x, const Body& body) {
 }
 
 // Sum over the 32 lanes, in a fixed tree; the whole of it in lane 0.
-SAMKERN_DEVICE double warp_sum(double x) {
+template <typename T>
+SAMKERN_DEVICE T warp_sum(T x) {
   for (int by = device::kWarp / 2; by > 0; by /= 2) x += device::shuffle_down(x, by);
   return x;
 }
