@@ -89,6 +89,12 @@ SAMKERN_DEVICE void for_chunks(const PlanView& plan, bool backwards, const Body&
   for (int32_t i = begin; i < end; ++i) body(chunk_at(plan, backwards ? begin + end - 1 - i : i));
 }
 
+// Adds what all lanes have to a counter of the grid. All 32 must come.
+SAMKERN_DEVICE void add_from_warp(uint64_t* counter, uint32_t x) {
+  const uint64_t sum = warp_sum(uint64_t{x});
+  if (device::thread() % device::kWarp == 0 && sum > 0) device::add_in_grid(counter, sum);
+}
+
 // ---- keys
 
 struct Above {
@@ -138,6 +144,10 @@ struct Threshold {
   uint64_t ties = 0;  // how many those are
 };
 
+// Bytes of the mask whose entries a thread loads before it looks at the first: 128 bytes of float are under way.
+template <typename T>
+constexpr int kTogether = sizeof(T) == 8 ? 2 : 4;
+
 template <Source source, Kind kind, typename T>
 struct Selection {
   using Key = std::conditional_t<source == Source::kInactive, uint32_t, math::KeyOf<T>>;
@@ -152,8 +162,6 @@ struct Selection {
   static constexpr bool half = reads && (kind == Kind::kBFloat16 || kind == Kind::kFloat16);
   static constexpr int kLowest = half ? kBits - 2 * kDigitBits : 0;
   static constexpr int kPasses = (kBits - kLowest + kDigitBits - 1) / kDigitBits;
-  // Bytes of the mask whose entries a thread loads before it looks at the first: 128 bytes of float are under way.
-  [[maybe_unused]] static constexpr int kTogether = sizeof(T) == 8 ? 2 : 4;
 
   SAMKERN_DEVICE static int shift_of(int pass) {
     const int shift = kBits - kDigitBits * (pass + 1);
@@ -210,15 +218,15 @@ struct Selection {
     const bool packed = reads && aligned(plan.grad[chunk.tensor]);
     int32_t byte = device::thread();
     if constexpr (reads) {
-      constexpr int32_t last = (kTogether - 1) * device::kThreads;
-      for (; packed && byte + last < chunk.n / kByte; byte += kTogether * device::kThreads) {
-        Loaded<kTogether> loaded;
-        for (int j = 0; j < kTogether; ++j) {
+      constexpr int32_t last = (kTogether<T> - 1) * device::kThreads;
+      for (; packed && byte + last < chunk.n / kByte; byte += kTogether<T> * device::kThreads) {
+        Loaded<kTogether<T>> loaded;
+        for (int j = 0; j < kTogether<T>; ++j) {
           const int32_t b = byte + j * device::kThreads;
           load<kind>(plan.grad[chunk.tensor], chunk.at + int64_t{b} * kByte, loaded.values[j]);
           load_bits(chunk, b, kByte, loaded.mask[j], loaded.candidates[j]);
         }
-        for (int j = 0; j < kTogether; ++j) use(chunk, byte + j * device::kThreads, loaded, j, body);
+        for (int j = 0; j < kTogether<T>; ++j) use(chunk, byte + j * device::kThreads, loaded, j, body);
       }
     }
     for (; byte < bytes_of(chunk); byte += device::kThreads) {
@@ -256,7 +264,7 @@ struct Selection {
     const int shift = shift_of(pass), known = pass > 0 ? shift_of(pass - 1) : 0;
     const auto digit_mask = static_cast<uint32_t>(pass > 0 ? (1 << (known - shift)) - 1 : kDigits - 1);
     const bool counts_nan = source == Source::kScores && pass == 0;
-    uint64_t n_nan = 0;
+    uint32_t n_nan = 0;
     for_chunks(plan, backwards, [&](const Chunk& chunk) {
       for_bytes(chunk, [&](int32_t, const Key(&keys)[kByte], uint32_t, uint32_t candidates) {
         uint32_t last = 0, run = 0;
@@ -282,8 +290,7 @@ struct Selection {
       if (count > 0) device::add_in_grid(total + d, count);
     }
     if (!counts_nan) return;
-    n_nan = warp_sum(n_nan);
-    if (device::thread() % device::kWarp == 0 && n_nan > 0) device::add_in_grid(nan_counter(args), n_nan);
+    add_from_warp(nan_counter(args), n_nan);
   }
 
   // The threshold with one more digit: the one at which the keys above it no longer are enough. By every block for
@@ -340,7 +347,7 @@ struct Selection {
   SAMKERN_DEVICE void write_bits(const Threshold<Key>& threshold, bool backwards) const {
     const bool all = threshold.left == threshold.ties;
     for_chunks(plan, backwards, [&](const Chunk& chunk) {
-      uint64_t n_ties = 0;
+      uint32_t n_ties = 0;
       for_bytes(chunk, [&](int32_t byte, const Key(&keys)[kByte], uint32_t mask, uint32_t candidates) {
         uint32_t chosen = 0, ties = 0;
         for (int k = 0; k < kByte; ++k) {
@@ -356,11 +363,7 @@ struct Selection {
         const int32_t padding = bytes_of(chunk) + device::thread();
         if (padding < end) *byte_at(plan.mask[chunk.tensor], chunk, padding) = 0;
       }
-      if (all) return;
-      n_ties = warp_sum(n_ties);
-      if (device::thread() % device::kWarp == 0 && n_ties > 0) {
-        device::add_in_grid(ties_of(args, number) + chunk.index, n_ties);
-      }
+      if (!all) add_from_warp(ties_of(args, number) + chunk.index, n_ties);
     });
   }
 
