@@ -36,7 +36,7 @@ def public_objects():
         for name in owner.__all__:
             yield f"{owner.__name__}.{name}", getattr(owner, name)
     for name, value in inspect.getmembers(samkern.ops, inspect.isfunction):
-        if not name.startswith("_") and value.__module__ == "samkern.ops":
+        if not name.startswith("_") and value.__module__.startswith("samkern.ops"):
             yield f"samkern.ops.{name}", value
 
 
