@@ -183,7 +183,7 @@ struct Selection {
   SAMKERN_DEVICE void load_bits(const Chunk& chunk, int32_t byte, int32_t n, uint32_t& mask,
                                 uint32_t& candidates) const {
     const uint32_t there = (1U << n) - 1;
-    mask = source != Source::kScores ? *byte_at(plan.mask[chunk.tensor], chunk, byte) : 0;
+    mask = source != Source::kScores ? *byte_at(plan.mask[chunk.tensor], chunk, byte) & there : 0;
     if constexpr (source == Source::kScores) candidates = there;
     if constexpr (source == Source::kActive) candidates = mask & there;
     if constexpr (source == Source::kInactive) {
@@ -358,17 +358,14 @@ struct Selection {
         write_byte(chunk, byte, mask, (all ? chosen | ties : chosen) & candidates);
         n_ties += device::count_ones(ties & candidates);
       });
-      if constexpr (source == Source::kScores) {  // what is left of the last word
-        const auto end = static_cast<int32_t>(mask_bytes(chunk.n));
-        const int32_t padding = bytes_of(chunk) + device::thread();
-        if (padding < end) *byte_at(plan.mask[chunk.tensor], chunk, padding) = 0;
-      }
+      const int32_t padding = bytes_of(chunk) + device::thread();  // what is left of the last word
+      if (padding < mask_bytes(chunk.n)) *byte_at(plan.mask[chunk.tensor], chunk, padding) = 0;
       if (!all) add_from_warp(ties_of(args, number) + chunk.index, n_ties);
     });
   }
 
   // Chooses the first of all ties, in the order of the list.
-  SAMKERN_COLD void choose_first_ties(const Threshold<Key>& threshold) const {
+  SAMKERN_DEVICE void choose_first_ties(const Threshold<Key>& threshold) const {
     const uint64_t* ties = ties_of(args, number);
     const int32_t begin = plan.block_begin[device::block()], end = plan.block_begin[device::block() + 1];
     uint64_t before = 0;
@@ -411,6 +408,11 @@ struct Selection {
   }
 };
 
+template <Source source, Kind kind, typename T, typename Key>
+SAMKERN_COLD void choose_first_ties(const SelectArgs& args, int number, Threshold<Key> threshold) {
+  Selection<source, kind, T>{args, args.plan, number}.choose_first_ties(threshold);
+}
+
 // Chooses `n` candidates, or what there are; n is then how many. False: this launch has done what it is for.
 template <Source source, Kind kind, typename T>
 SAMKERN_DEVICE bool select(const SelectArgs& args, Phases& phases, int number, uint64_t& n) {
@@ -424,7 +426,7 @@ SAMKERN_DEVICE bool select(const SelectArgs& args, Phases& phases, int number, u
   if (phases.mine()) selection.write_bits(threshold, selection.kPasses % 2 != 0);
   const bool some = threshold.left < threshold.ties;
   if (!phases.next(some)) return false;
-  if (phases.mine() && some) selection.choose_first_ties(threshold);
+  if (phases.mine() && some) choose_first_ties<source, kind, T>(args, number, threshold);
   return phases.next(false);
 }
 
