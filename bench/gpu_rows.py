@@ -146,6 +146,23 @@ def _memory(rows: Iterable[Row]) -> Iterable[Verdict]:
             )
 
 
+def _masks(rows: Sequence[Row]) -> Iterable[Verdict]:
+    perturbs = {(row.method, row.where, row.backend): row for row in rows if row.measured == "perturb"}
+    for (method, where, backend), row in perturbs.items():
+        dense = perturbs.get(("SAM dense", where, backend))
+        if method == "SAM masked" and dense is not None:
+            ratio = row.p50_us / dense.p50_us
+            yield Verdict("masked perturb: dense and 5 %", f"{where}, {backend}", f"{ratio:.3f} x", ratio <= 1.05)
+    selects = [row for row in rows if row.method == "topk_mask"]
+    for row in (row for row in selects if row.backend in OURS):
+        if row.n_params >= 10**8:
+            ms = row.p50_us / 1e3 * 1e8 / row.n_params
+            yield Verdict("1e8 scores selected in 0.6 ms", f"{row.where}, {row.backend}", f"{ms:.2f} ms", ms < 0.6)
+        for peer in (peer for peer in selects if peer.where == row.where and peer.backend not in OURS):
+            ratio = peer.p50_us / row.p50_us
+            yield Verdict("selection: 20 x torch.topk", f"{row.where}, {row.backend}", f"{ratio:.1f} x", ratio >= 20)
+
+
 PAIRS = {"SAM": 2.0, "LookSAM k=5": 1.2}  # forward-backward pairs of a step
 
 
@@ -165,6 +182,7 @@ BARS = {
     "host time": _enqueue,
     "peers": _against_peers,
     "memory": _memory,
+    "masks": _masks,
     "training": _training,
 }
 

@@ -2,6 +2,7 @@
 
     shares of the copy rate   every half-step and list op, 1e8 fp32 parameters and ViT-B/16 in bf16   gpu_half_steps.py
     host time, launches       of a half-step, ResNet-50's 161 tensors, idle device                    gpu_half_steps.py
+    masks                     perturbed through one, and one selected, against torch.topk             gpu_masks.py
     whole steps               against _foreach, an eager loop, torch.compile, pytorch_optimizer       gpu_whole_steps.py
     training                  SAM and LookSAM against SGD, ResNet-18                                  gpu_training.py
 
@@ -20,6 +21,7 @@ import torch
 
 from . import shapes
 from .gpu_half_steps import host_time, launches, list_ops, roofline
+from .gpu_masks import masks
 from .gpu_rows import table, write
 from .gpu_session import Case, Session
 from .gpu_training import training
@@ -51,6 +53,8 @@ def measure(session: Session) -> None:
     for case in large:
         name = f"half-steps at the copy rate, {case.name}"
         session.section(name, 10, partial(roofline, session, case, rounds=2 if smoke else 12))
+    for case in large:
+        session.section(f"masks, {case.name}", 6, partial(masks, session, case, rounds=2 if smoke else 8))
     session.section("host time", 5, lambda: host_time(session, usual, repeats=3 if smoke else 200))
     for case in sets:
         if case not in compiles:

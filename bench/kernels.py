@@ -73,10 +73,11 @@ def measure(source: Path, architecture: str) -> list[Kernel]:
 
 def readable(symbol: str) -> str:
     """ "update bfloat16 AdamW" from the mangled name."""
-    name = re.search(r"(perturb|reduce|update|restore)_kernel", symbol)
+    name = re.search(r"(perturb|reduce|update|restore|topk|drop_grow|fisher)_kernel", symbol)
     assert name is not None, symbol
     kind, base = re.search(r"KindE(\d)", symbol), re.search(r"BaseE(\d)", symbol)
-    parts = [name[1], *([KINDS[int(kind[1])]] if kind else []), *([BASES[int(base[1])]] if base else [])]
+    wide = ["of float64"] if re.search(r"KindE\dEd", symbol) else []
+    parts = [name[1], *([KINDS[int(kind[1])]] if kind else []), *([BASES[int(base[1])]] if base else []), *wide]
     return " ".join(parts)
 
 

@@ -65,6 +65,16 @@ void update_apply(const PlanView& plan, const UpdateOptions& options, const Appl
   check(cuda::update_apply(plan, options, applied, stream_of(device)), "update_apply");
 }
 
+void select_mask(const PlanView& plan, const SelectOptions& options, int device) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  check(cuda::select_mask(plan, options, stream_of(device)), "select_mask");
+}
+
+void fisher_accumulate(const PlanView& plan, const FisherOptions& options, int device) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  check(cuda::fisher_accumulate(plan, options, stream_of(device)), "fisher_accumulate");
+}
+
 int n_blocks(int device) { return device::kBlocksPerProcessor * attribute(cudaDevAttrMultiProcessorCount, device); }
 
 bool is_capturing(int device) {
@@ -72,8 +82,10 @@ bool is_capturing(int device) {
   return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
 }
 
-DeviceFunctions functions{perturb,      restore,  update,       reduce,           perturb_apply,
-                          update_apply, n_blocks, is_capturing, /*on_host=*/false};
+DeviceFunctions functions{perturb,           restore,      update,       reduce,
+                          perturb_apply,     update_apply, select_mask,  cuda::n_select_counters,
+                          fisher_accumulate, n_blocks,     is_capturing,
+                          /*on_host=*/false};
 
 }  // namespace
 }  // namespace samkern

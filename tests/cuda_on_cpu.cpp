@@ -29,6 +29,11 @@ DeviceFunctions functions{
     [](const PlanView& plan, const UpdateOptions& options, const Applied& applied, int) {
       check(cuda::update_apply(plan, options, applied, stream()));
     },
+    [](const PlanView& plan, const SelectOptions& options, int) { check(cuda::select_mask(plan, options, stream())); },
+    cuda::n_select_counters,
+    [](const PlanView& plan, const FisherOptions& options, int) {
+      check(cuda::fisher_accumulate(plan, options, stream()));
+    },
     [](int) { return Machine::get().setting.n_blocks; },
     [](int) { return Machine::get().setting.capturing; },
     /*on_host=*/true,

@@ -91,12 +91,14 @@ class Machine {
 
   // Values of the warp's lanes, by turns in two rows: who is at the next but one shuffle knows that all have read this
   // one.
-  double exchange(double x, int from) {
+  template <typename T>
+  T exchange(T x, int from) {
     Warp& warp = blocks_[block()].warps[thread() / kWarp];
-    double* row = warp.values[current_->shuffles++ % 2];
-    row[thread() % kWarp] = x;
+    uint64_t* row = warp.values[current_->shuffles++ % 2];
+    std::memcpy(row + thread() % kWarp, &x, sizeof x);
     if (!without_.shuffle) wait(warp.barrier, kWarp, "shuffle");
-    return from < kWarp ? row[from] : x;
+    if (from < kWarp) std::memcpy(&x, row + from, sizeof x);
+    return x;
   }
 
   // Memory of the block, poisoned: bytes of ones are a NaN.
@@ -118,7 +120,7 @@ class Machine {
   };
   struct Warp {
     Barrier barrier;
-    double values[2][kWarp];
+    uint64_t values[2][kWarp];
   };
   struct Block {
     Barrier barrier;
@@ -213,7 +215,10 @@ inline int block() { return Machine::get().block(); }
 inline int n_blocks() { return Machine::get().n_blocks(); }
 inline void block_sync() { Machine::get().block_sync(); }
 inline void grid_sync() { Machine::get().grid_sync(); }
-inline double shuffle_down(double x, int by) { return Machine::get().exchange(x, thread() % kWarp + by); }
+template <typename T>
+T shuffle_down(T x, int by) {
+  return Machine::get().exchange(x, thread() % kWarp + by);
+}
 
 template <typename T, int N, int id>
 T* shared() {
@@ -221,13 +226,20 @@ T* shared() {
   return static_cast<T*>(Machine::get().shared(&key, N * sizeof(T)));
 }
 
+// Fibers only give way where they wait: nothing comes between the load and the store.
+inline void add_in_block(uint32_t* counter, uint32_t x) { *counter += x; }
+inline void add_in_grid(uint64_t* counter, uint64_t x) { *counter += x; }
+
 inline uint32_t arrive(uint32_t* counter, uint32_t last) {
   const uint32_t before = *counter;
   *counter = before >= last ? 0 : before + 1;
   return before;
 }
 inline void acquire() {}
-inline double read_shared(const double* x) { return *x; }
+template <typename T>
+T read_shared(const T* x) {
+  return *x;
+}
 
 template <typename T>
 T* in_global(T* x) {
@@ -250,6 +262,8 @@ void store(Bits* to, const Bits& x, bool) {
   check_aligned(to);
   std::memcpy(to, &x, sizeof x);
 }
+
+inline int count_ones(uint32_t x) { return __builtin_popcount(x); }
 
 inline float as_float(uint32_t bits) {
   float x;

@@ -425,7 +425,7 @@ def test_the_expected_product():
 def test_kernels_compile_without_spills(source, architecture):
     """128 registers: two blocks of 256 threads on a processor."""
     found = kernels.measure(source, architecture)
-    assert len(found) == {"perturb": 4, "reduce": 4, "update": 17}[source.stem]
+    assert len(found) == {"fisher": 4, "perturb": 4, "reduce": 4, "select": 10, "update": 17}[source.stem]
     for kernel in found:
         assert kernel.spills == 0, kernel
         assert kernel.registers <= 128, kernel
@@ -439,7 +439,7 @@ def test_kernels_use_wide_accesses_and_no_contraction(source, tmp_path):
     for text in entries:
         name = kernels.readable(text.split("(")[0])
         assert re.search(r"ld\.global\.v4\.[uf]32", text), name
-        writes_elements = source.stem != "reduce"
+        writes_elements = source.stem not in ("reduce", "select")
         assert bool(re.search(r"st\.global(\.cs)?\.v4\.[uf]32", text)) == writes_elements, name
         assert not re.search(r"(ld|st)\.v4", text), name  # generic addresses
         assert "fma.rn.f32" not in text, name

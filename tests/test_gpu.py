@@ -108,6 +108,97 @@ def test_small_case_of_list_ops(dtype, backend):
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
+# ---- masks
+
+
+needs_cuda = pytest.mark.skipif("cuda" not in GPU, reason=samkern.backends()["cuda"].why)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16, "mixed"], ids=str)
+def test_small_case_of_masks_on_cuda(dtype):
+    """Bitwise the reference's; every phase of every kernel, ties among them: what the sanitizers run."""
+    g = [(4 * x).round() for x in gradients(parameters(dtype, SMALL), 1)]
+    n = sum(x.numel() for x in g)
+
+    def run(name):
+        mask = ops.topk_mask(g, n // 3, nan="last", backend=name)
+        moved = [mask.clone(), mask.clone(), ops.random_mask(g, n // 2, seed=3, backend=name)]
+        for regrow, one in zip((True, False), moved, strict=False):
+            ops.drop_grow_mask(one, g, n // 5, seed=5, t=7, regrow=regrow, backend=name)
+        w = [p.detach() for p in parameters(dtype, SMALL)]
+        f, saved, sums = (
+            [x.float().abs() for x in w],
+            [torch.full_like(x, torch.nan) for x in w],
+            torch.ones(5, len(w) + 1),
+        )
+        ops.perturb(w, g, saved, 0.05, sums=sums.to("cuda", FP64), mask=mask, backend=name)
+        ops.fisher_accumulate(f, g, keep=0.9, gain=0.1, backend=name)
+        norms = ops.norms(g, (), w, weighting="filter", eta=0.01, mask=mask, backend=name)
+        return [x.bits.cpu() for x in (mask, *moved)], [x.cpu() for x in (*w, *saved, *f)], norms.cpu()
+
+    (bits, lists, norms), (expected_bits, expected, expected_norms) = run("cuda"), run("reference")
+    assert all(map(torch.equal, bits, expected_bits))
+    assert same_bits(lists, expected)
+    torch.testing.assert_close(norms, expected_norms, rtol=1e-5 if dtype == FP32 else 2e-2, atol=0)
+
+
+@needs_cuda
+@pytest.mark.parametrize("style", ["squares", "few", "equal"])
+def test_selection_of_many_scores(style, monkeypatch):
+    """Against torch.topk's threshold; the same bits 100 times and phase by phase, and nothing is waited for."""
+    n = 100_000_000
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("less than 12 GiB of GPU memory are free")
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(n, device="cuda", generator=generator).square_()
+    x = {"squares": x, "few": (4 * x).round_(), "equal": torch.ones_like(x)}[style]
+    scores, k = [x[: n // 3], x[n // 3 :]], n // 2 + 77
+    least = torch.topk(x, k, sorted=False).values.min()
+    n_ties = k - int((x > least).sum())
+    expected = (x > least) | ((x == least) & ((x == least).cumsum(0) <= n_ties))
+    mask = ops.topk_mask(scores, k, nan="last", backend="cuda")
+    assert torch.equal(torch.cat([part.flatten() for part in mask.unpack()]), expected)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = [ops.topk_mask(scores, k, nan="last", backend="cuda") for _ in range(100)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(one.bits, mask.bits) for one in again)
+    monkeypatch.setenv("SAMKERN_ONE_LAUNCH", "0")
+    assert torch.equal(ops.topk_mask(scores, k, nan="last", backend="cuda").bits, mask.bits)
+
+
+@needs_cuda
+def test_launches_of_a_selection():
+    """One, beside what clears its counters and lays out its lists."""
+    scores, clock = gradients(parameters(), 1), Clock(torch.device("cuda"))
+    mask = ops.topk_mask(scores, 9, nan="last", backend="cuda")
+    for run in (
+        lambda: ops.topk_mask(scores, 9, nan="last", backend="cuda"),
+        lambda: ops.drop_grow_mask(mask, scores, 9, backend="cuda"),
+    ):
+        names = clock.launches(run)
+        assert sum("topk_kernel" in name or "drop_grow_kernel" in name for name in names) == 1, names
+
+
+@needs_cuda
+def test_selection_of_more_scores_than_an_int32_counts():
+    n = 2**31 + 77
+    if torch.cuda.mem_get_info()[0] < 20 << 30:
+        pytest.skip("less than 20 GiB of GPU memory are free")
+    x = torch.zeros(n, dtype=BF16, device="cuda")
+    places = torch.tensor([0, 5, 2**31 - 1, 2**31, n - 1], device="cuda")
+    x[places] = torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0], dtype=BF16, device="cuda")
+    mask = ops.topk_mask([x], 5, nan="last", backend="cuda")
+    assert mask.count() == 5
+    assert ((mask.bits[places // 8] >> (places % 8).byte()) & 1).all()
+    ties = ops.topk_mask([x], 2**31 + 3, nan="last", backend="cuda")  # all but the last 74 zeros
+    assert torch.equal(ties.bits[: 2**28 - 1], torch.full_like(ties.bits[: 2**28 - 1], 255))
+    assert ties.count() == 2**31 + 3
+
+
 # ---- the same bits, whatever else goes on
 
 

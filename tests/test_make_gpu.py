@@ -289,7 +289,7 @@ def test_without_time_the_bars_are_printed_all_the_same(tmp_path, capsys):
     assert gpu_steps.main(["--device", "cpu", "--smoke", "--seconds", "0", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "not measured for want of time: training" in out
-    assert out.splitlines()[-1] == "0 bars met, 0 missed, 6 not measured"
+    assert out.splitlines()[-1] == "0 bars met, 0 missed, 7 not measured"
 
 
 def row(**facts):
@@ -314,6 +314,24 @@ BARS = {
         [row(p50_us=10, cpu_us=5, n_tensors=2000), row(p50_us=49, cpu_us=5, n_tensors=2000, backend="foreach chain")],
     ),
     "memory": ([row(measured="update", extra_bytes=4e6)], [row(measured="update", extra_bytes=4.1e6)]),
+    "masked": (
+        [row(measured="perturb", method=f"SAM {m}", p50_us=t) for m, t in (("dense", 100), ("masked", 105))],
+        [row(measured="perturb", method=f"SAM {m}", p50_us=t) for m, t in (("dense", 100), ("masked", 106))],
+    ),
+    "selection": (
+        [row(measured="pass", method="topk_mask", p50_us=599)],
+        [row(measured="pass", method="topk_mask", p50_us=600)],
+    ),
+    "torch.topk": (
+        [
+            row(measured="pass", method="topk_mask", n_params=9, p50_us=t, backend=b)
+            for b, t in (("cuda", 10), ("torch.topk", 200))
+        ],
+        [
+            row(measured="pass", method="topk_mask", n_params=9, p50_us=t, backend=b)
+            for b, t in (("cuda", 10), ("torch.topk", 199))
+        ],
+    ),
     "training": (
         [row(measured="training step", method="SGD", p50_us=100), row(measured="training step", p50_us=206)],
         [row(measured="training step", method="SGD", p50_us=100), row(measured="training step", p50_us=207)],
@@ -331,7 +349,7 @@ def test_bars(bar):
     for rows, met in zip(BARS[bar], (True, False), strict=True):
         judged = [verdict for verdict in verdicts(rows) if verdict.met is not None]
         assert [verdict.met for verdict in judged] == [met], judged
-        assert table(rows).endswith(f"{int(met)} bars met, {int(not met)} missed, 5 not measured")
+        assert table(rows).endswith(f"{int(met)} bars met, {int(not met)} missed, 6 not measured")
     alone = [row(backend="foreach chain", cache="cold", pct_copy=10.0, launches=7, cpu_us=99.0)]
     assert all(verdict.met is None for verdict in verdicts(alone))
 

@@ -42,14 +42,23 @@ SAMKERN_DEVICE void block_sync() { __syncthreads(); }
 // Every thread of a grid that was launched as one must come; writes before it are seen by all after it.
 SAMKERN_DEVICE void grid_sync() { cooperative_groups::this_grid().sync(); }
 
-// All 32 lanes must come.
+// All 32 lanes must come. A lane beyond the last gives the caller's own x.
 SAMKERN_DEVICE double shuffle_down(double x, int by) { return __shfl_down_sync(0xffffffffU, x, by); }
+SAMKERN_DEVICE uint64_t shuffle_down(uint64_t x, int by) { return __shfl_down_sync(0xffffffffU, x, by); }
 
 // N values that the block shares; one array for every type, size and id.
 template <typename T, int N, int id>
 SAMKERN_DEVICE T* shared() {
   __shared__ T values[N];
   return values;
+}
+
+// Adds to a counter of the block, in its shared memory, as one access. Orders nothing else.
+SAMKERN_DEVICE void add_in_block(uint32_t* counter, uint32_t x) { atomicAdd(counter, x); }
+
+// The same to one of the grid, in global memory.
+SAMKERN_DEVICE void add_in_grid(uint64_t* counter, uint64_t x) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(counter), static_cast<unsigned long long>(x));
 }
 
 // Counts up to `last` and then starts at 0 again. Returns the count before. Orders the caller's earlier writes before
@@ -64,6 +73,9 @@ SAMKERN_DEVICE void acquire() { __threadfence(); }
 
 // Reads what another block of this grid may have written: past the first-level cache.
 SAMKERN_DEVICE double read_shared(const double* x) { return __ldcg(x); }
+SAMKERN_DEVICE uint64_t read_shared(const uint64_t* x) {
+  return __ldcg(reinterpret_cast<const unsigned long long*>(x));
+}
 
 // Addresses in a table are generic to the compiler; these lie in global memory.
 template <typename T>
@@ -92,6 +104,8 @@ SAMKERN_DEVICE void store(Bits8* to, const Bits8& x, bool streamed) {
   auto* target = in_global(reinterpret_cast<uint2*>(to));
   streamed ? __stcs(target, bits) : static_cast<void>(*target = bits);
 }
+
+SAMKERN_DEVICE int count_ones(uint32_t x) { return __popc(x); }
 
 SAMKERN_DEVICE float half_to_float(uint16_t x) { return __half2float(__ushort_as_half(x)); }
 SAMKERN_DEVICE uint16_t float_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }

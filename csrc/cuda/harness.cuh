@@ -72,7 +72,8 @@ SAMKERN_DEVICE void with_math_type(const Operand& x, const Body& body) {
 }
 
 // Sum over the 32 lanes, in a fixed tree; the whole of it in lane 0.
-SAMKERN_DEVICE double warp_sum(double x) {
+template <typename T>
+SAMKERN_DEVICE T warp_sum(T x) {
   for (int by = device::kWarp / 2; by > 0; by /= 2) x += device::shuffle_down(x, by);
   return x;
 }
@@ -101,7 +102,13 @@ struct Reduction {
   const Operand* b;      // null: no sums with b
   bool filters;          // some tensor may climb by filters
   bool weights = false;  // sum w^2 of every tensor
+  bool masked = false;   // kTT sums over the entries that plan.mask lets through
 };
+
+// The mask of a tensor, if there is one and sums heed it.
+SAMKERN_DEVICE Operand mask_of(const PlanView& plan, bool masked, int32_t tensor) {
+  return masked ? plan.mask[tensor] : Operand{};
+}
 
 // What the perturbation needs to know of one tensor; kEuclidean needs nothing beyond sum a^2. `group` may be null.
 SAMKERN_DEVICE Climb climb_for(const PlanView& plan, const Operand* a, int32_t tensor, const ClimbGroup* group) {
@@ -122,7 +129,10 @@ SAMKERN_DEVICE void reduce_chunk(const PlanView& plan, const Reduction& what, Cl
   const bool has_a = a.address != nullptr, has_b = b.address != nullptr;
   const bool element = climb == Climb::kElement, weights = what.weights || scales_by_weights(climb);
   const bool needs_w = element || weights;
-  const bool squares = has_a && climb != Climb::kFilter;  // else the filters' sums are added
+  const Operand mask = mask_of(plan, what.masked, chunk.tensor);
+  const bool masked = has_a && mask.address != nullptr;
+  // Of filters, the filters' sums are added instead, unless they are of the masked gradient.
+  const bool squares = has_a && (climb != Climb::kFilter || masked);
   T sums[kCC] = {};
   const int32_t n = squares || has_b || needs_w ? chunk.n : 0;
   for_block<kPack<kind_a, T>, 2>(n, aligned(a) && aligned(b) && (!needs_w || aligned(w)), [&](auto width, int32_t i) {
@@ -136,10 +146,17 @@ SAMKERN_DEVICE void reduce_chunk(const PlanView& plan, const Reduction& what, Cl
       if (has_a && has_b) sums[kAB] += va[k] * vb[k];
       if (has_b) sums[kBB] += vb[k] * vb[k];
       if (weights) sums[kWW] += vw[k] * vw[k];
-      if (element) {
+      if (element && !masked) {
         const T weighed = math::weigh_element(vw[k], va[k], static_cast<T>(eta));
         sums[kTT] += weighed * weighed;
       }
+    }
+    if (!masked || climb == Climb::kFilter) return;
+    const uint32_t bits = load_bits<N>(mask, chunk.at + i);
+    for (int k = 0; k < N; ++k) {
+      const T kept = (bits >> k & 1) != 0 ? va[k] : T{0};
+      const T weighed = element ? math::weigh_element(vw[k], kept, static_cast<T>(eta)) : kept;
+      sums[kTT] += weighed * weighed;
     }
   });
   double total[kCC];
@@ -150,9 +167,10 @@ SAMKERN_DEVICE void reduce_chunk(const PlanView& plan, const Reduction& what, Cl
   }
 }
 
-// Sums of w^2 and a^2 of one filter, by the lanes of one warp.
+// Sums of w^2 and of a^2, where the mask lets it through, of one filter, by the lanes of one warp.
 template <Kind kind_a, Kind kind_w, typename T>
-SAMKERN_DEVICE void reduce_filter(const PlanView& plan, const Operand& a, int32_t tensor, int64_t filter) {
+SAMKERN_DEVICE void reduce_filter(const PlanView& plan, const Operand& a, const Operand& mask, int32_t tensor,
+                                  int64_t filter) {
   const Filters filters = plan.filters[tensor];
   const int64_t per_filter = plan.numel[tensor] / filters.count;
   double ww = 0, aa = 0;
@@ -162,6 +180,7 @@ SAMKERN_DEVICE void reduce_filter(const PlanView& plan, const Operand& a, int32_
     T w[1], g[1];
     load<kind_w>(plan.w[tensor], at, w);
     load<kind_a>(a, at, g);
+    if ((load_bits<1>(mask, at) & 1) == 0) g[0] = 0;
     ww += static_cast<double>(w[0]) * static_cast<double>(w[0]);
     aa += static_cast<double>(g[0]) * static_cast<double>(g[0]);
   }
@@ -174,13 +193,15 @@ SAMKERN_DEVICE void reduce_filter(const PlanView& plan, const Operand& a, int32_
 }
 
 template <Kind kind_a, Kind kind_w, typename Find>
-SAMKERN_DEVICE void reduce_filters(const PlanView& plan, const Operand* a, const Find& climb_group) {
+SAMKERN_DEVICE void reduce_filters(const PlanView& plan, const Reduction& what, const Find& climb_group) {
+  const Operand* a = what.a;
   for (int32_t index = device::block(); index < plan.n_filter_runs; index += device::n_blocks()) {
     const FilterRun run = plan.filter_runs[index];
     if (climb_for(plan, a, run.tensor, climb_group(run.tensor)) != Climb::kFilter) continue;
+    const Operand mask = mask_of(plan, what.masked, run.tensor);
     with_math_type<kind_w>(plan.w[run.tensor], [&](auto zero) {
       for (int64_t f = device::thread() / device::kWarp; f < run.count; f += device::kWarps) {
-        reduce_filter<kind_a, kind_w, decltype(zero)>(plan, a[run.tensor], run.tensor, run.first + f);
+        reduce_filter<kind_a, kind_w, decltype(zero)>(plan, a[run.tensor], mask, run.tensor, run.first + f);
       }
     });
   }
@@ -188,7 +209,7 @@ SAMKERN_DEVICE void reduce_filters(const PlanView& plan, const Operand* a, const
 
 template <Kind kind_a, Kind kind_b, Kind kind_w, typename Find>
 SAMKERN_DEVICE void reduce_phase(const PlanView& plan, const Reduction& what, const Find& climb_group) {
-  if (what.filters) reduce_filters<kind_a, kind_w>(plan, what.a, climb_group);
+  if (what.filters) reduce_filters<kind_a, kind_w>(plan, what, climb_group);
   for (int32_t c = plan.block_begin[device::block()]; c < plan.block_begin[device::block() + 1]; ++c) {
     const Chunk chunk = chunk_at(plan, c);
     const ClimbGroup* group = climb_group(chunk.tensor);
@@ -209,13 +230,13 @@ SAMKERN_DEVICE void add_partials(const PlanView& plan, int32_t tensor, int lane,
   }
 }
 
-// norm(a)^2 and norm(T a)^2 of one tensor from its filters.
-SAMKERN_DEVICE void add_filters(const PlanView& plan, int32_t tensor, double eta, int lane, int n_lanes,
+// norm(a)^2 and norm(T a)^2 of one tensor from its filters; of a masked one only the latter.
+SAMKERN_DEVICE void add_filters(const PlanView& plan, int32_t tensor, bool masked, double eta, int lane, int n_lanes,
                                 double (&sums)[kCC]) {
   const Filters filters = plan.filters[tensor];
   for (int64_t f = filters.first + lane; f < filters.first + filters.count; f += n_lanes) {
     const double t = sqrt(device::read_shared(plan.filter_ww + f)) + eta, aa = device::read_shared(plan.filter_aa + f);
-    sums[kAA] += aa;
+    if (!masked) sums[kAA] += aa;
     sums[kTT] += t * t * aa;
   }
 }

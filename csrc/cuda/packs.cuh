@@ -162,6 +162,28 @@ SAMKERN_DEVICE void copy(const Operand& to, const Operand& from, int64_t at) {
   with_storage<kind>(from, [&](auto storage) { write_raw(to, at, read_raw<decltype(storage), N>(from, at)); });
 }
 
+// Bits of a mask for N neighbours from element `at` on, which lie in one of its bytes; ones without a mask.
+template <int N>
+SAMKERN_DEVICE uint32_t load_bits(const Operand& mask, int64_t at) {
+  static_assert(N <= 8);
+  if (mask.address == nullptr) return ~0U;
+  return device::in_global(static_cast<const uint8_t*>(mask.address))[at / 8] >> (at % 8);
+}
+
+// Stores values, of which those whose bit is 0 are what x holds: it keeps their bits, of a NaN too, which rounding
+// would change.
+template <Kind kind, typename T, int N>
+SAMKERN_DEVICE void store_some(const Operand& x, int64_t at, const T (&values)[N], uint32_t bits) {
+  if constexpr (kind == Kind::kFloat32) return store<kind>(x, at, values);
+  with_storage<kind>(x, [&](auto storage) {
+    Raw<decltype(storage), N> raw = read_raw<decltype(storage), N>(x, at);
+    for (int k = 0; k < N; ++k) {
+      if ((bits >> k & 1) != 0) narrow(values[k], raw.values[k]);
+    }
+    write_raw(x, at, raw);
+  });
+}
+
 // Whether 16-byte accesses may start at x. An operand that is not there does not matter.
 SAMKERN_DEVICE bool aligned(const Operand& x) { return (reinterpret_cast<uintptr_t>(x.address) & 15) == 0; }
 

@@ -10,13 +10,18 @@ struct PerturbArgs {
   PlanView plan;
   Groups<ClimbGroup> climbs;
   Scaling scaling;
-  double* report;  // null: the scales are the caller's, in plan.coeffs
+  double* report;    // null: the scales are the caller's, in plan.coeffs
+  bool renormalise;  // by the norm of the masked gradient
   int32_t phases;
   bool together;  // in one launch
 };
 
 // What half-precision weights made of their perturbation: eps vanishes where it is below half a unit in the last place.
 enum Realised { kMovedSq, kMovedEps, kEpsSq, kNRealised };
+
+SAMKERN_DEVICE bool is_masked(const PerturbArgs& args, int32_t t) {
+  return mask_of(args.plan, args.renormalise, t).address != nullptr;
+}
 
 // Norms of one tensor, and its share in the norm that eps is divided by.
 SAMKERN_COLD void fold_phase(const PerturbArgs& args) {
@@ -26,11 +31,11 @@ SAMKERN_COLD void fold_phase(const PerturbArgs& args) {
     const ClimbGroup& group = group_of(args.climbs, plan, t);
     add_partials(plan, t, lane, n_lanes, sums);
     const bool filters = climb_for(plan, plan.first, t, &group) == Climb::kFilter;
-    if (filters) add_filters(plan, t, group.eta, lane, n_lanes, sums);
+    if (filters) add_filters(plan, t, is_masked(args, t), group.eta, lane, n_lanes, sums);
   };
   fold_tensors(plan, add, [&](int32_t t, const double (&sums)[kCC]) {
     const ClimbGroup& group = group_of(args.climbs, plan, t);
-    const double tt = scalars::weighted_sq(group, sums[kWW], sums[kAA], sums[kTT]);
+    const double tt = scalars::weighted_sq(group, sums[kWW], is_masked(args, t) ? sums[kTT] : sums[kAA], sums[kTT]);
     plan.sums_of(kAA)[t] = sums[kAA] * inverse_sq;
     plan.sums_of(kWW)[t] = sums[kWW];
     plan.sums_of(kTT)[t] = value(group.rho) > 0 ? tt * inverse_sq : 0;
@@ -103,17 +108,25 @@ template <Kind kind_w, Kind kind_g, typename T>
 SAMKERN_DEVICE void perturb_chunk(const PerturbArgs& args, const ClimbGroup& group, double scale, const Chunk& chunk) {
   const PlanView& plan = args.plan;
   const Operand w = plan.w[chunk.tensor], saved = plan.saved[chunk.tensor], first = plan.first[chunk.tensor];
+  const Operand mask = plan.mask[chunk.tensor];
   const Climb how = climb_of(group, plan.filters[chunk.tensor]);
   const bool half = size_of(w.dtype) == 2, climbs = std::isfinite(scale);
   T moved_sq = 0, moved_eps = 0, eps_sq = 0;
   for_block<kPack<kind_w, T>>(chunk.n, aligned(w) && aligned(saved) && aligned(first), [&](auto width, int32_t i) {
     constexpr int N = decltype(width)::value;
     T values[N], g[N] = {}, climbed[N];
-    if (climbs) load<kind_g>(first, chunk.at + i, g);  // in front: no load passes the store of what is saved
+    // In front: no load passes the store of what is saved.
+    const uint32_t bits = load_bits<N>(mask, chunk.at + i);
+    if (climbs) load<kind_g>(first, chunk.at + i, g);
     load_and_save<kind_w>(w, saved, chunk.at + i, values);
     if (!climbs) return;
     climb(plan, how, group, scale, chunk.tensor, chunk.at + i, values, g, climbed);
-    store<kind_w>(w, chunk.at + i, climbed);
+    if (mask.address != nullptr) {
+      for (int k = 0; k < N; ++k) climbed[k] = (bits >> k & 1) != 0 ? climbed[k] : values[k];
+      store_some<kind_w>(w, chunk.at + i, climbed, bits);
+    } else {
+      store<kind_w>(w, chunk.at + i, climbed);
+    }
     if (!half) return;
     round_to<kind_w>(w, climbed, g);  // g is not needed any more
     for (int k = 0; k < N; ++k) {
@@ -149,8 +162,9 @@ SAMKERN_DEVICE double scale_of(const PerturbArgs& args, const Decided& decided, 
   const PlanView& plan = args.plan;
   if (args.report == nullptr) return plan.coeffs_of(kScale)[t];
   if (!decided.finite) return NAN;
-  const double ww = device::read_shared(plan.sums_of(kWW) + t), gg = device::read_shared(plan.sums_of(kAA) + t);
-  return scalars::climb_scale(group_of(args.climbs, plan, t), ww, gg, decided.norm, unscale(args.scaling));
+  // kTT is the sum of g^2 that the norm is made of, where the scale of a tensor depends on its gradient.
+  const double ww = device::read_shared(plan.sums_of(kWW) + t), tt = device::read_shared(plan.sums_of(kTT) + t);
+  return scalars::climb_scale(group_of(args.climbs, plan, t), ww, tt, decided.norm, unscale(args.scaling));
 }
 
 template <Kind kind_w, Kind kind_g>
@@ -188,7 +202,8 @@ SAMKERN_KERNEL perturb_kernel(SAMKERN_ARGUMENT PerturbArgs args) {
   const PlanView& plan = args.plan;
   if ((args.phases & kReducePhase) != 0) {
     auto climb_group = [&](int32_t t) { return &group_of(args.climbs, plan, t); };
-    reduce_phase<kind_g, kind_g, kind_w>(plan, {plan.first, nullptr, plan.filter_ww != nullptr}, climb_group);
+    const bool filters = plan.filter_ww != nullptr;
+    reduce_phase<kind_g, kind_g, kind_w>(plan, {plan.first, nullptr, filters, false, args.renormalise}, climb_group);
     end_phase(args.together);
   }
   if ((args.phases & kFoldPhase) != 0) {
@@ -200,7 +215,7 @@ SAMKERN_KERNEL perturb_kernel(SAMKERN_ARGUMENT PerturbArgs args) {
 
 const char* start_perturb(const PlanView& plan, const PerturbOptions& options, int32_t phases,
                           const device::Stream& stream) {
-  PerturbArgs args{plan, {}, options.scaling, options.report, phases, false};
+  PerturbArgs args{plan, {}, options.scaling, options.report, options.renormalise, phases, false};
   set_groups(args.climbs, options.climbs, options.climb_table, options.n_groups);
   switch (kind_of(plan)) {
     case Kind::kFloat32: return start(perturb_kernel<Kind::kFloat32, Kind::kFloat32>, args, stream);

@@ -14,16 +14,21 @@ struct ReduceArgs {
   bool together;  // in one launch
 };
 
+SAMKERN_DEVICE bool is_masked(const ReduceArgs& args, int32_t t) {
+  return mask_of(args.plan, args.what.masked, t).address != nullptr;
+}
+
 SAMKERN_DEVICE void fold_phase(const ReduceArgs& args) {
   const PlanView& plan = args.plan;
   auto add = [&](int32_t t, int lane, int n_lanes, double (&sums)[kCC]) {
     add_partials(plan, t, lane, n_lanes, sums);
     const bool filters = climb_for(plan, args.what.a, t, &args.climb) == Climb::kFilter;
-    if (filters) add_filters(plan, t, args.climb.eta, lane, n_lanes, sums);
+    if (filters) add_filters(plan, t, is_masked(args, t), args.climb.eta, lane, n_lanes, sums);
   };
   fold_tensors(plan, add, [&](int32_t t, const double (&sums)[kCC]) {
     for (int32_t s = 0; s < kTT; ++s) plan.sums_of(static_cast<Sum>(s))[t] = sums[s];
-    plan.sums_of(kTT)[t] = scalars::weighted_sq(args.climb, sums[kWW], sums[kAA], sums[kTT]);
+    plan.sums_of(kTT)[t] =
+        scalars::weighted_sq(args.climb, sums[kWW], is_masked(args, t) ? sums[kTT] : sums[kAA], sums[kTT]);
   });
 }
 
@@ -53,7 +58,7 @@ SAMKERN_KERNEL reduce_kernel(SAMKERN_ARGUMENT ReduceArgs args) {
 }  // namespace
 
 const char* reduce(const PlanView& plan, const ReduceOptions& options, const device::Stream& stream) {
-  const Reduction what{options.a, options.b, plan.filter_ww != nullptr, options.weights};
+  const Reduction what{options.a, options.b, plan.filter_ww != nullptr, options.weights, options.masked};
   const ReduceArgs args{plan, what, *options.climbs, kReducePhase | kFoldPhase, false};
   switch (kind_of(plan)) {
     case Kind::kFloat32: return start(reduce_kernel<Kind::kFloat32>, args, stream);
