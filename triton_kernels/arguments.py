@@ -8,20 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference import mask_bytes
+from . import common
 from .launch import check_device
 from .tables import DeviceTables, laid_out_like
 
 Tensors = Sequence[Tensor]
 
 
-def tables_of(like: Tensors, roles: Mapping[Any, Tensors]) -> DeviceTables:
-    """Tables of equal lists, those that are only read laid out like the first."""
+def tables_of(like: Tensors, roles: Mapping[Any, Tensors], mask: Tensor | None = None) -> DeviceTables:
+    """Tables of equal lists, those that are only read laid out like the first. ``mask``: bits over ``like``, as it lies."""
     check_device(like[0].device)
     bound = {
         row: {i: laid_out_like(x, first) for i, (x, first) in enumerate(zip(tensors, like, strict=True))}
         for row, tensors in roles.items()
         if tensors
     }
+    if mask is not None:
+        bound[common.MASK] = dict(enumerate(torch.split(mask, [mask_bytes(x.numel()) for x in like])))
     return DeviceTables(like, [0] * len(like), like[0].device, bound)
 
 

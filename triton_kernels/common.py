@@ -303,6 +303,24 @@ def read(p, mask):
 
 
 @triton.jit
+def bits_of_chunk(tables, chunk):
+    """Address of a chunk's bits, 0 where its tensor has no mask. Chunks begin at a multiple of 8 entries."""
+    address = entry(tables, MASK, chunk.t)
+    return tl.where(address != 0, address + (chunk.lo >> 3), 0)
+
+
+@triton.jit
+def unmasked(bits, j, mask):
+    """Whether entries ``j`` have a one in the bits that begin at address ``bits``; all have if it is 0."""
+    if mask is None:
+        there = only_if(bits != 0, tl.full(j.shape, 1, tl.int1))
+    else:
+        there = only_if(bits != 0, mask)
+    eight = tl.load(bits.to(tl.pointer_type(tl.uint8)) + (j >> 3), mask=there, other=255)
+    return ((eight.to(tl.int32) >> (j & 7).to(tl.int32)) & 1) != 0
+
+
+@triton.jit
 def read_sum(tables, ROW: tl.constexpr, t):
     """Row ``ROW`` of ``sums`` for tensor ``t``. ``.cg``: other programs wrote it in this launch, and L1 is not coherent."""
     return tl.load(tables.sums + ROW * tables.n_tensors + t, cache_modifier=".cg")

@@ -50,14 +50,23 @@ __all__ = [
 _DIRECTIONS = dict(zip(DIRECTIONS, (ALONG, SIGNS, PER_ENTRY, PER_FILTER), strict=True))
 
 
-def norms(a: Tensors, b: Tensors = (), w: Tensors = (), *, weighting: str = "gradient", eta: float = 0.0) -> Tensor:
+def norms(
+    a: Tensors,
+    b: Tensors = (),
+    w: Tensors = (),
+    *,
+    weighting: str = "gradient",
+    eta: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
     """As ``reference.norms``."""
     a = [x if is_dense(x) else x.contiguous() for x in a]
-    tables = tables_of(a, {common.FIRST: a, common.GRAD: b, common.W: w})
+    like = w if w and mask is not None else a  # bits are in the order of its memory
+    tables = tables_of(like, {common.FIRST: a, common.GRAD: b, common.W: w}, mask)
     numbers = tables.numbers("norms", [eta])
     out = torch.empty(len(SUMS), len(a) + 1, dtype=torch.float64, device=a[0].device)
     by_filter = weighting == "filter"
-    form = Norms(bool(b), bool(w), WEIGHTINGS.index(weighting))
+    form = Norms(bool(b), bool(w), WEIGHTINGS.index(weighting), mask is not None)
     squares = tables.filter_squares(by_filter)
 
     def launch(part: Slice, phases: int) -> None:
@@ -84,10 +93,17 @@ def norms(a: Tensors, b: Tensors = (), w: Tensors = (), *, weighting: str = "gra
 
 
 def perturb(
-    w: Tensors, g: Tensors, saved: Tensors, scale: Tensor, *, direction: str = "gradient", eta: float = 0.0
+    w: Tensors,
+    g: Tensors,
+    saved: Tensors,
+    scale: Tensor,
+    *,
+    direction: str = "gradient",
+    eta: float = 0.0,
+    mask: Tensor | None = None,
 ) -> None:
     """As ``reference.perturb``."""
-    tables = tables_of(w, {common.W: w, common.FIRST: g, common.SAVED: saved})
+    tables = tables_of(w, {common.W: w, common.FIRST: g, common.SAVED: saved}, mask)
     numbers, by_filter = tables.numbers("perturb", [eta]), direction == "filter"
     scale, squares = on_device(scale, w[0].device), tables.filter_squares(by_filter)
 
@@ -101,9 +117,10 @@ def perturb(
                 *(tables.run_partials, squares, tables.sem, len(w), n_chunks, n_runs, tables.n_runs),
             ],
             max(n_chunks, n_runs),
-            registers_for(part.dtypes, crowded=by_filter),
+            registers_for(part.dtypes, by_filter, masked=mask is not None),
             PHASES=phases,
             DIRECTION=int(_DIRECTIONS[direction]),
+            MASKED=mask is not None,
             TYPES=types_of(*part.dtypes),
         )
 

@@ -36,11 +36,13 @@ _DIRECTIONS = {
 }
 
 
-def form_of_climbs(climbs: Sequence[ClimbGroup], halves: bool, scaled: bool = False) -> Climbs:
+def form_of_climbs(
+    climbs: Sequence[ClimbGroup], halves: bool, scaled: bool = False, masked: bool = False, renormalises: bool = False
+) -> Climbs:
     """What occurs in a list. No option's value is in it: a radius that changes must not compile anything."""
     needs = {reduce.GRADIENT_ONLY, *(_NEEDS[group.climb] for group in climbs if group.climb in _NEEDS)}
     directions = {d for group in climbs for d in _DIRECTIONS.get(group.climb, (perturb.ALONG,))}
-    return Climbs(_bits(needs), _bits(directions), halves, scaled)
+    return Climbs(_bits(needs), _bits(directions), halves, scaled, masked, masked and renormalises)
 
 
 def _bits(places: Iterable[Any]) -> int:

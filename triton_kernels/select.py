@@ -241,8 +241,8 @@ def bits_at(bits, tables, chunk):
 
 @triton.jit
 def histogram_block(keys, bits, cut, j, mask, count, n_nan, DIGIT_INDEX: tl.constexpr, FORM: tl.constexpr):
-    key, nan = key_block(keys, j, mask, FORM)
     candidate = candidates_of(bits, j, mask, FORM) != 0
+    key, nan = key_block(keys, j, mask, FORM)
     if DIGIT_INDEX == 0 and FORM.what == TOP:
         n_nan += tl.sum((nan & candidate).to(tl.int32), 0)
     digit = ((key >> shift_of(DIGIT_INDEX, FORM).to(FORM.key)) & (BINS - 1)).to(tl.int32)
