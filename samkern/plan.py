@@ -78,6 +78,16 @@ class TensorPlan(Protocol):
     def bind_cache(self, index: int, cache: Tensor) -> None:
         """Gives parameter ``index`` its cache."""
 
+    def bind_mask(self, index: int, bits: Tensor | None) -> None:
+        """Where a bit is 0, ``perturb`` leaves the entry of parameter ``index`` as it is. ``None``: all are perturbed.
+
+        ``bits``: uint8, one bit an entry in the order of the parameter's memory, see ``reference.masks_like``. Read anew
+        in every call.
+
+        Raises:
+            ValueError: they do not fit the parameter.
+        """
+
     def missing_state(self, needed: Sequence[bool]) -> list[int]:
         """Parameters that have a gradient, are in a group that needs state, and have none.
 
@@ -88,9 +98,17 @@ class TensorPlan(Protocol):
     def missing_cache(self) -> list[int]:
         """Parameters that have a gradient and no cache. Raises as ``missing_state`` does."""
 
-    def perturb(self, climbs: Sequence[ClimbGroup], keep: bool, report: Tensor, scaling: Scaling = UNSCALED) -> None:
+    def perturb(
+        self,
+        climbs: Sequence[ClimbGroup],
+        keep: bool,
+        report: Tensor,
+        scaling: Scaling = UNSCALED,
+        renormalise: bool = False,
+    ) -> None:
         """First half-step. Takes ``p.grad`` away, and holds on to it if ``keep``. Writes all of ``report``.
 
+        ``renormalise``: the norms that ``eps`` is divided by are those of the masked gradient.
         Everything is as if gradients with a loss scale had been divided by it before; they are not written.
         """
 

@@ -39,6 +39,7 @@ class ReferencePlan:
         self._params, self._group = params, group
         self._cache_norm, self._fresh, self._skips = cache_norm, fresh, skips
         self._cache: dict[int, Tensor] = {}
+        self._mask: dict[int, Tensor] = {}
         self._saved: dict[int, Tensor] = {}
         self._first: dict[int, Tensor] = {}
         self._layouts = _layouts(params)
@@ -66,6 +67,19 @@ class ReferencePlan:
     def bind_cache(self, index: int, cache: Tensor) -> None:
         self._cache[index] = cache
 
+    def bind_mask(self, index: int, bits: Tensor | None) -> None:
+        if bits is None:
+            self._mask.pop(index, None)
+            return
+        p = self._params[index]
+        n_bytes = reference.mask_bytes(p.numel())
+        if bits.dtype != torch.uint8 or bits.shape != (n_bytes,) or bits.device != p.device:
+            raise ValueError(
+                f"the mask of parameter {index} must be uint8 of shape ({n_bytes},) on {p.device}, "
+                f"got {bits.dtype} {tuple(bits.shape)} on {bits.device}"
+            )
+        self._mask[index] = bits
+
     def missing_state(self, needed: Sequence[bool]) -> list[int]:
         return [
             i
@@ -76,10 +90,17 @@ class ReferencePlan:
     def missing_cache(self) -> list[int]:
         return [i for i in self._gradients() if i not in self._cache]
 
-    def perturb(self, climbs: Sequence[ClimbGroup], keep: bool, report: Tensor, scaling: Scaling = UNSCALED) -> None:
+    def perturb(
+        self,
+        climbs: Sequence[ClimbGroup],
+        keep: bool,
+        report: Tensor,
+        scaling: Scaling = UNSCALED,
+        renormalise: bool = False,
+    ) -> None:
         grads = self._gradients()
         report.zero_()
-        scale, finite = self._climb_scales(grads, climbs, report, scaling)
+        scale, finite = self._climb_scales(grads, climbs, report, scaling, renormalise)
         scale = torch.where(finite, scale, math.nan)
         chosen = [i for i in grads if climbs[self._group[i]].perturbs]
         self._saved = {i: self._params[i].detach().clone() for i in chosen}
@@ -164,27 +185,36 @@ class ReferencePlan:
         return scaling.found_inf.squeeze() != 0
 
     def _climb_scales(
-        self, grads: dict[int, Tensor], climbs: Sequence[ClimbGroup], report: Tensor, scaling: Scaling
+        self,
+        grads: dict[int, Tensor],
+        climbs: Sequence[ClimbGroup],
+        report: Tensor,
+        scaling: Scaling,
+        renormalise: bool,
     ) -> tuple[Tensor, Tensor]:
         """Scale of every parameter, and whether all sums are finite."""
         sums = self._zeros(5)
         for i, g in grads.items():
             group = climbs[self._group[i]]
             weighting = _WEIGHTING.get(group.climb, "gradient")
-            sums[:, i] = reference.norms([g], (), [self._params[i]], weighting=weighting, eta=group.eta)[:, 0]
+            within = self._mask.get(i) if renormalise else None
+            weights = [self._params[i]]
+            sums[:, i] = reference.norms([g], (), weights, weighting=weighting, eta=group.eta, mask=within)[:, 0]
             if not group.perturbs:
                 sums[3:, i] = 0
         sums[:, -1] = sums[:, :-1].sum(1)
         inverse = self._unscale(scaling)
         aa, ww, tt = sums[0] * inverse**2, sums[3], sums[4] * inverse**2
         norm = tt[-1].sqrt()
+        # Climbs that divide by a tensor's own norm have T = 1: tt is its square, masked.
+        own = tt if renormalise else aa
         scale = torch.zeros_like(aa)
         for i in grads:
             climb, rho, eta, trust_clip, rho_on_device = climbs[self._group[i]]
             if rho_on_device is not None:
                 rho = rho_on_device.double()  # type: ignore[assignment]
             name = climb.name.lower()
-            scale[i] = reference.climb_scale(name, rho, ww[i], aa[i], norm, eta=eta, trust_clip=trust_clip)
+            scale[i] = reference.climb_scale(name, rho, ww[i], own[i], norm, eta=eta, trust_clip=trust_clip)
             if climb not in (Climb.SIGN, Climb.LAYER_SIGN):  # the others grow with the gradient
                 scale[i] *= inverse
         finite = torch.stack([reference.finite(row[:-1], self._params) for row in (aa, ww, tt)]).all()
@@ -204,7 +234,8 @@ class ReferencePlan:
     ) -> None:
         group = climbs[self._group[i]]
         direction = _DIRECTION.get(group.climb, "gradient")
-        reference.perturb(w, [grads[i]], [saved], scale[i], direction=direction, eta=group.eta)
+        mask = self._mask.get(i)
+        reference.perturb(w, [grads[i]], [saved], scale[i], direction=direction, eta=group.eta, mask=mask)
 
     def _report_realised(
         self, grads: dict[int, Tensor], scale: Tensor, climbs: Sequence[ClimbGroup], report: Tensor

@@ -66,21 +66,32 @@ void for_parts(const Pool& pool, int64_t n_parts, const Body& body) {
   pool.run(n_parts, call, &body);
 }
 
-enum class Walk { kForwards, kBackwards };
-
-// Calls body(span) for every chunk. A thread owns a run of chunks of about equal work; walking it backwards in the
-// apply phase meets what the reduce phase read last while it is still in cache.
-template <typename Body>
-void for_chunks(const PlanView& plan, const Pool& pool, Walk walk, const Body& body) {
+// Threads that a walk over all chunks is worth.
+inline int64_t chunk_runs(const PlanView& plan, const Pool& pool) {
   constexpr int64_t kWorthAThread = 1 << 15;
-  const int64_t cost = plan.chunk_cost[plan.n_chunks];
-  const int64_t n_parts = std::clamp<int64_t>(cost / kWorthAThread, 1, pool.n_threads);
+  return std::clamp<int64_t>(plan.chunk_cost[plan.n_chunks] / kWorthAThread, 1, pool.n_threads);
+}
+
+// Calls body(run, begin, end) for every thread's run of chunks, of about equal work: chunk_runs() of them.
+template <typename Body>
+void for_chunk_runs(const PlanView& plan, const Pool& pool, const Body& body) {
+  const int64_t cost = plan.chunk_cost[plan.n_chunks], n_parts = chunk_runs(plan, pool);
   for_parts(pool, n_parts, [&](int64_t part) {
     auto boundary = [&](int64_t k) {
       const int64_t* end = plan.chunk_cost + plan.n_chunks;
       return static_cast<int32_t>(std::lower_bound(plan.chunk_cost, end, cost * k / n_parts) - plan.chunk_cost);
     };
-    const int32_t begin = boundary(part), end = boundary(part + 1);
+    body(part, boundary(part), boundary(part + 1));
+  });
+}
+
+enum class Walk { kForwards, kBackwards };
+
+// Calls body(span) for every chunk. A thread owns a run of chunks; walking it backwards in the apply phase meets what
+// the reduce phase read last while it is still in cache.
+template <typename Body>
+void for_chunks(const PlanView& plan, const Pool& pool, Walk walk, const Body& body) {
+  for_chunk_runs(plan, pool, [&](int64_t, int32_t begin, int32_t end) {
     for (int32_t i = 0; i < end - begin; ++i) {
       body(span(plan, walk == Walk::kForwards ? begin + i : end - 1 - i));
     }

@@ -1,5 +1,6 @@
 // perturb: saved = w;  w = w + scale * direction, with the norms of the gradient in front.
 #include "../scalars.h"
+#include "bits.h"
 #include "launchers.h"
 #include "sums.h"
 
@@ -79,6 +80,7 @@ void add_realised(const T* w, const T* climbed, const T* rounded, int64_t n, dou
 template <typename T>
 void perturb_chunk(const PlanView& plan, const ClimbGroup& group, double scale, const Span& chunk, bool streamed) {
   const Operand &w = plan.w[chunk.tensor], &saved = plan.saved[chunk.tensor], &first = plan.first[chunk.tensor];
+  const Operand& mask = plan.mask[chunk.tensor];
   const bool half = size_of(w.dtype) == 2;
   double realised[kNRealised] = {};
   T buffer_w[kBlock], buffer_g[kBlock], buffer_climbed[kBlock], rounded[kBlock];
@@ -88,7 +90,13 @@ void perturb_chunk(const PlanView& plan, const ClimbGroup& group, double scale, 
     if (!std::isfinite(scale)) continue;
     const T* values = read(w, at, n, buffer_w);
     T* climbed = target(w, at, buffer_climbed);
-    climb_block(plan, group, scale, chunk.tensor, at, values, read(first, at, n, buffer_g), n, climbed);
+    T* unmasked = mask.address != nullptr ? buffer_climbed : climbed;  // values may be where climbed is
+    climb_block(plan, group, scale, chunk.tensor, at, values, read(first, at, n, buffer_g), n, unmasked);
+    if (mask.address != nullptr) {
+      uint32_t words[kBlockWords];
+      load_bits(mask, at, n, words);
+      choose(words, n, unmasked, values, climbed);
+    }
     write(w, at, n, climbed);
     if (half) add_realised(values, climbed, read(w, at, n, rounded), n, realised);
   }
@@ -132,7 +140,7 @@ void perturb_apply(const PlanView& plan, const PerturbOptions& options, const Po
 }
 
 void perturb(const PlanView& plan, const PerturbOptions& options, const Pool& pool) {
-  reduce(plan, {.a = plan.first, .climbs = options.climbs}, pool);
+  reduce(plan, {.a = plan.first, .climbs = options.climbs, .masked = options.renormalise}, pool);
   const double inverse = unscale(options.scaling);
   scale_sums(plan, kAA, inverse * inverse);
   scale_sums(plan, kTT, inverse * inverse);
@@ -144,8 +152,10 @@ void perturb(const PlanView& plan, const PerturbOptions& options, const Pool& po
     finite = finite && scalars::finite(gg[t], dtype) && scalars::finite(tt[t], dtype) && scalars::finite(ww[t], dtype);
   }
   const double norm = std::sqrt(tt[n]);
+  // Climbs that divide by a tensor's own norm have T = 1: tt is its square, masked.
+  const double* own = options.renormalise ? tt : gg;
   for (int32_t t = 0; t < n; ++t) {
-    const double scale = scalars::climb_scale(options.climbs[plan.group[t]], ww[t], gg[t], norm, inverse);
+    const double scale = scalars::climb_scale(options.climbs[plan.group[t]], ww[t], own[t], norm, inverse);
     plan.coeffs_of(kScale)[t] = finite ? scale : NAN;
   }
   std::fill_n(options.report, static_cast<int>(kNReport), 0.0);

@@ -1,6 +1,7 @@
 // norms: sums of squares and products of whole tensor lists. Chunks and filters are added in a fixed order in double,
 // so the result does not depend on the number of threads.
 #include "../scalars.h"
+#include "bits.h"
 #include "launchers.h"
 #include "sums.h"
 
@@ -23,17 +24,35 @@ bool scales_by_weights(Climb climb) {
   return climb == Climb::kLayer || climb == Climb::kLars || climb == Climb::kLayerSign || climb == Climb::kTrust;
 }
 
+// The bits that a tensor's kTT is summed through; no address: in full.
+Operand mask_for(const PlanView& plan, const ReduceOptions& options, int32_t tensor) {
+  return options.masked && options.a[tensor].address != nullptr ? plan.mask[tensor] : Operand{};
+}
+
+// n values of a from `at`, zeros where the mask has them.
+template <typename T>
+const T* through(const Operand& mask, int64_t at, int64_t n, const T* a, T* buffer) {
+  if (mask.address == nullptr) return a;
+  uint32_t words[kBlockWords];
+  load_bits(mask, at, n, words);
+  choose_or_zero(words, n, a, buffer);
+  return buffer;
+}
+
 template <typename T>
 void reduce_chunk(const PlanView& plan, const ReduceOptions& options, const Span& chunk) {
   const Operand a = options.a[chunk.tensor];
   const Operand b = options.b != nullptr ? options.b[chunk.tensor] : Operand{};
   const Climb climb = climb_for(plan, options, chunk.tensor);
-  const bool squares = a.address != nullptr && climb != Climb::kFilter;  // else the filters' sums are added
+  const Operand mask = mask_for(plan, options, chunk.tensor);
+  const bool masked = mask.address != nullptr;
+  // Of filters the sums are added, but these are masked sums if there is a mask.
+  const bool squares = a.address != nullptr && (climb != Climb::kFilter || masked);
   const bool element = climb == Climb::kElement;
   const bool weights = options.weights || scales_by_weights(climb);
   const T eta = element ? static_cast<T>(options.climbs[plan.group[chunk.tensor]].eta) : T{};
   double sums[kNSums] = {};
-  T buffer_a[kBlock], buffer_b[kBlock], buffer_w[kBlock], weighed[kBlock];
+  T buffer_a[kBlock], buffer_b[kBlock], buffer_w[kBlock], kept[kBlock], weighed[kBlock];
   for (int64_t at = chunk.at; at < chunk.at + chunk.n; at += kBlock) {
     const int64_t n = std::min(kBlock, chunk.at + chunk.n - at);
     const T* values_a = a.address != nullptr ? read(a, at, n, buffer_a) : nullptr;
@@ -41,11 +60,13 @@ void reduce_chunk(const PlanView& plan, const ReduceOptions& options, const Span
     if (squares) sums[kAA] += sum_squares(values_a, n);
     if (values_b != nullptr) sums[kBB] += sum_squares(values_b, n);
     if (values_a != nullptr && values_b != nullptr) sums[kAB] += sum_products(values_a, values_b, n);
+    if (masked && climb != Climb::kFilter && !element)
+      sums[kTT] += sum_squares(through(mask, at, n, values_a, kept), n);
     if (element || weights) {
       const T* values_w = read(plan.w[chunk.tensor], at, n, buffer_w);
       if (weights) sums[kWW] += sum_squares(values_w, n);
       if (element) {
-        weigh_range(values_w, values_a, n, eta, weighed);
+        weigh_range(values_w, through(mask, at, n, values_a, kept), n, eta, weighed);
         sums[kTT] += sum_squares(weighed, n);
       }
     }
@@ -55,15 +76,15 @@ void reduce_chunk(const PlanView& plan, const ReduceOptions& options, const Span
 
 // Sums of one filter over its runs of `stride` neighbouring elements.
 template <typename T>
-void reduce_filter(const PlanView& plan, const Operand& a, int32_t tensor, int64_t filter) {
+void reduce_filter(const PlanView& plan, const Operand& a, const Operand& mask, int32_t tensor, int64_t filter) {
   const Filters& filters = plan.filters[tensor];
   double ww = 0, aa = 0;
-  T buffer_w[kBlock], buffer_a[kBlock];
+  T buffer_w[kBlock], buffer_a[kBlock], kept[kBlock];
   for (int64_t run = filter * filters.stride; run < plan.numel[tensor]; run += filters.count * filters.stride) {
     for (int64_t at = run; at < run + filters.stride; at += kBlock) {
       const int64_t n = std::min(kBlock, run + filters.stride - at);
       ww += sum_squares(read(plan.w[tensor], at, n, buffer_w), n);
-      aa += sum_squares(read(a, at, n, buffer_a), n);
+      aa += sum_squares(through(mask, at, n, read(a, at, n, buffer_a), kept), n);
     }
   }
   plan.filter_ww[filters.first + filter] = ww;
@@ -72,13 +93,14 @@ void reduce_filter(const PlanView& plan, const Operand& a, int32_t tensor, int64
 
 // The same for neighbouring filters that are too short for a call each.
 template <typename T>
-void reduce_short_filters(const PlanView& plan, const Operand& a, const FilterRun& run) {
+void reduce_short_filters(const PlanView& plan, const Operand& a, const Operand& mask, const FilterRun& run) {
   const Filters& filters = plan.filters[run.tensor];
   const int64_t per_block = kBlock / filters.stride, end = run.first + run.count;
-  T buffer_w[kBlock], buffer_a[kBlock];
+  T buffer_w[kBlock], buffer_a[kBlock], kept[kBlock];
   for (int64_t f = run.first; f < end; f += per_block) {
     const int64_t count = std::min(per_block, end - f), at = f * filters.stride, n = count * filters.stride;
-    const T *w = read(plan.w[run.tensor], at, n, buffer_w), *values = read(a, at, n, buffer_a);
+    const T* w = read(plan.w[run.tensor], at, n, buffer_w);
+    const T* values = through(mask, at, n, read(a, at, n, buffer_a), kept);
     for (int64_t i = 0; i < count; ++i) {
       double ww = 0, aa = 0;
       for (int64_t j = i * filters.stride; j < (i + 1) * filters.stride; ++j) {
@@ -95,21 +117,21 @@ void reduce_filters(const PlanView& plan, const ReduceOptions& options, const Po
   for_parts(pool, plan.n_filter_runs, [&](int64_t index) {
     const FilterRun& run = plan.filter_runs[index];
     if (climb_for(plan, options, run.tensor) != Climb::kFilter) return;
-    const Operand& a = options.a[run.tensor];
+    const Operand a = options.a[run.tensor], mask = mask_for(plan, options, run.tensor);
     with_math_type(plan.w[run.tensor].dtype, [&](auto zero) {
       using T = decltype(zero);
-      if (has_short_filters(plan, run.tensor)) return reduce_short_filters<T>(plan, a, run);
-      for (int64_t f = run.first; f < run.first + run.count; ++f) reduce_filter<T>(plan, a, run.tensor, f);
+      if (has_short_filters(plan, run.tensor)) return reduce_short_filters<T>(plan, a, mask, run);
+      for (int64_t f = run.first; f < run.first + run.count; ++f) reduce_filter<T>(plan, a, mask, run.tensor, f);
     });
   });
 }
 
-// norm(a)^2 and norm(T a)^2 of one tensor from its filters.
-void fold_filters(const PlanView& plan, int32_t tensor, double eta, double* sums) {
+// norm(a)^2, unless its filters are masked, and norm(T a)^2 of one tensor from its filters.
+void fold_filters(const PlanView& plan, int32_t tensor, double eta, bool masked, double* sums) {
   const Filters& filters = plan.filters[tensor];
   for (int64_t f = filters.first; f < filters.first + filters.count; ++f) {
     const double t = std::sqrt(plan.filter_ww[f]) + eta;
-    sums[kAA] += plan.filter_aa[f];
+    if (!masked) sums[kAA] += plan.filter_aa[f];
     sums[kTT] += t * t * plan.filter_aa[f];
   }
 }
@@ -123,8 +145,10 @@ void fold(const PlanView& plan, const ReduceOptions& options) {
     }
     if (options.climbs != nullptr) {
       const ClimbGroup& group = options.climbs[plan.group[tensor]];
-      if (climb_for(plan, options, tensor) == Climb::kFilter) fold_filters(plan, tensor, group.eta, sums);
-      sums[kTT] = value(group.rho) > 0 ? scalars::weighted_sq(group, sums[kWW], sums[kAA], sums[kTT]) : 0;
+      const bool masked = mask_for(plan, options, tensor).address != nullptr;
+      if (climb_for(plan, options, tensor) == Climb::kFilter) fold_filters(plan, tensor, group.eta, masked, sums);
+      const double gg = masked ? sums[kTT] : sums[kAA];
+      sums[kTT] = value(group.rho) > 0 ? scalars::weighted_sq(group, sums[kWW], gg, sums[kTT]) : 0;
     }
     for (int s = 0; s < kNSums; ++s) {
       plan.sums_of(static_cast<Sum>(s))[tensor] = sums[s];
