@@ -60,9 +60,8 @@ def norms(
     mask: Tensor | None = None,
 ) -> Tensor:
     """As ``reference.norms``."""
-    a = [x if is_dense(x) else x.contiguous() for x in a]
-    like = w if w and mask is not None else a  # bits are in the order of its memory
-    tables = tables_of(like, {common.FIRST: a, common.GRAD: b, common.W: w}, mask)
+    like = [x if is_dense(x) else x.contiguous() for x in w or a]  # bits are in the order of its memory
+    tables = tables_of(like, {common.FIRST: a if w else like, common.GRAD: b, common.W: like if w else ()}, mask)
     numbers = tables.numbers("norms", [eta])
     out = torch.empty(len(SUMS), len(a) + 1, dtype=torch.float64, device=a[0].device)
     by_filter = weighting == "filter"
