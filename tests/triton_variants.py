@@ -50,7 +50,7 @@ def perturb(climb, w, scaled=False, masked=False, renormalises=False):
         "FORM": form_of_climbs([ClimbGroup(climb, 0.1)], half, scaled, masked, renormalises),
         "TYPES": types_of(w, w),
     }
-    return perturb_kernel, registers_for([w], climb == Climb.FILTER, scaled, masked), constants
+    return perturb_kernel, registers_for([w], climb == Climb.FILTER or renormalises, scaled, masked), constants
 
 
 def update(base, mix, w, cache=FP32, clips=False, scaling=UNSCALED):
@@ -151,6 +151,7 @@ VARIANTS = {
         for w in (FP32, BF16, FP16, FP64)
         for how in ("", "-renormalised")
     },
+    **{f"perturb-{c.name}-float32-scaled-masked": perturb(c, FP32, True, True) for c in Climb},
     **{
         f"update-{base.name}-{mix.name}-float32-scaled": update(base, mix, FP32, scaling=SCALING)
         for base in Base

@@ -83,6 +83,7 @@ class _Selection:
         for kernel in (mark_kernel, settle_kernel):
             for part in slices:
                 self._launch(kernel, part, form, [*counts, base, out, self._ties, self._skip], n_digits)
+        mark_written([out])
 
     def _n_digits(self, form: Select) -> int:
         """Digits of 11 bits. The lower bits of a half type say nothing: they are those of its widened numbers."""

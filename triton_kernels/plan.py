@@ -133,7 +133,7 @@ class TritonPlan(ReferencePlan):
                     *(len(self._params), n_chunks, tables.n_chunks, n_runs, tables.n_runs),
                 ],
                 max(n_chunks, n_runs),
-                registers_for(part.dtypes, filters, form.scaled, form.masked),
+                registers_for(part.dtypes, filters or form.renormalises, form.scaled, form.masked),
                 PHASES=phases,
                 FORM=form,
                 TYPES=types_of(*part.dtypes),
