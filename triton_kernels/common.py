@@ -6,7 +6,7 @@ but the list.
 
 Tables (``n`` tensors; a row of ``rows`` and ``sums`` is ``n`` entries, one of ``places`` is ``n + 1``):
 
-``rows``     int64    addresses by role, 0: this tensor plays no such role in this call; then sizes, filters and places in the list
+``rows``     int64    addresses by role, 0: this tensor plays no such role in this call; then sizes, filters, places
 ``places``   int32    param group, kind of number, first chunk and first run of filters, of each tensor
 ``chunks``   int32    tensor, then index within it, of each chunk of this launch
 ``runs``     int32    tensor, then first filter, then number of filters, of each run of this launch

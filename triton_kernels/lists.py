@@ -228,7 +228,8 @@ def climb_kernel(
 ):  # fmt: skip
     """``saved = w; w += scale * direction``: as perturb_kernel, with scales that are given.
 
-    Operands: W and SAVED (written), FIRST (the gradient), MASK. ``numbers``: eta. A scale that is not finite leaves ``w`` alone.
+    Operands: W and SAVED (written), FIRST (the gradient), MASK. ``numbers``: eta. A scale that is not finite leaves ``w``
+    alone.
     """
     tables = Tables(rows, places, numbers, rows, run_partials, run_partials, n_tensors, n_chunks)
     if PHASES & REDUCE:

@@ -219,7 +219,10 @@ def totals(tables):
 def climb_block(
     w, g, saved, bits, j, mask, scale, eta, moves, direction: tl.constexpr, MASKED: tl.constexpr, TYPES: tl.constexpr
 ):
-    """One block; with ``MASKED`` entries whose bit is 0 keep theirs. Returns the old weights, the new ones and the rounded new ones, in the math dtype."""
+    """One block. Returns the old weights, the new ones and the rounded new ones, in the math dtype.
+
+    With ``MASKED`` entries whose bit is 0 stay as they are.
+    """
     old = read(w + j, mask)
     x, dx = old.to(TYPES.math), read(g + j, mask).to(TYPES.math)
     if direction == SIGNS:
@@ -363,8 +366,9 @@ def perturb_kernel(
 ):  # fmt: skip
     """Foret et al. 2021 (arXiv 2010.01412), eq. 2: ``saved = w; w += rho g / norm(g)``, and its relatives by mode.
 
-    Operands of a tensor: W (written), FIRST (the gradient), SAVED (written; 0: not perturbed), MASK (bits). ``FORM``: ``Climbs``. A norm
-    that is not finite leaves ``w`` as it is. Writes all of ``report``. More than one phase in a launch: cooperative.
+    Operands of a tensor: W (written), FIRST (the gradient), SAVED (written; 0: not perturbed), MASK (bits, 0: none).
+    ``FORM``: ``Climbs``. A norm that is not finite leaves ``w`` as it is. Writes all of ``report``. More than one phase in a
+    launch: cooperative.
 
     Under a loss scale, sums are divided by it as they are folded: all that follows is as if ``g`` had been.
     """

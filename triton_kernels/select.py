@@ -67,16 +67,17 @@ class Bits(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """Candidates above ``key`` are selected, and the first ``left`` of the ``ties`` equal to it, but for the digits below ``low``.
+    """Candidates above ``key`` are selected, and of the ``ties`` that equal it down to bit ``low`` the first ``left``.
 
     Before the last digit is known: the rank among those that share the digits of ``key``, how many these are, and the
-    place of the lowest digit known.
+    places of the lowest bits of the last digit known and of the next one.
     """
 
     key: Any
     left: Any
     ties: Any
     low: Any
+    next: Any
 
 
 class Keys(NamedTuple):
@@ -98,7 +99,7 @@ def order_key(x, KEY: tl.constexpr):
     sign = tl.full((), 1, KEY) << (KEY.primitive_bitwidth - 1)
     key = tl.where((bits & sign) != 0, ~bits, bits | sign)
     key = tl.where((bits & (sign - 1)) == 0, sign, key)
-    return tl.where(x != x, tl.zeros_like(key), key)
+    return tl.where(x != x, 0, key)
 
 
 @triton.jit
@@ -106,8 +107,7 @@ def smallness_key(x, KEY: tl.constexpr):
     """The same in the order of ``-|x|``."""
     bits = x.to(KEY, bitcast=True)
     sign = tl.full((), 1, KEY) << (KEY.primitive_bitwidth - 1)
-    key = ~(bits & (sign - 1))
-    return tl.where(x != x, tl.zeros_like(key), key)
+    return tl.where(x != x, 0, ~(bits & (sign - 1)))
 
 
 @triton.jit
@@ -129,8 +129,7 @@ def growth_key(keys, j):
 def key_block(keys, j, mask, FORM: tl.constexpr):
     """Keys of a block, and where there is a NaN."""
     if FORM.what == GROW:
-        key = growth_key(keys, j)
-        return key, tl.zeros_like(key).to(tl.int1)
+        return growth_key(keys, j), None
     else:
         x = widened(read(keys.scores + j, mask))
         if FORM.key == tl.uint64:
@@ -178,39 +177,30 @@ def candidates_of(bits, j, mask, FORM: tl.constexpr):
 
 
 @triton.jit
-def count_of(histograms, DIGIT_INDEX):
-    """A histogram. ``.cg``: it was added to in the launch before."""
-    return tl.load(histograms + DIGIT_INDEX * BINS + tl.arange(0, BINS), cache_modifier=".cg")
-
-
-@triton.jit
-def shift_of(digit, FORM: tl.constexpr):
-    """Place of the lowest bit of a digit. The last digit of all begins at 0, and shares some bits with the one before."""
-    return tl.maximum(FORM.key.primitive_bitwidth - DIGIT * (digit + 1), 0)
-
-
-@triton.jit
 def find_cut(histograms, dropped, wanted, n_digits, FORM: tl.constexpr):
-    """The cut, as far as ``n_digits`` histograms tell."""
-    left = tl.load(wanted + HOW_MANY)
+    """The cut, as far as ``n_digits`` histograms tell.
+
+    The last digit of all begins at bit 0, and shares some bits with the one before.
+    """
+    WIDTH: tl.constexpr = FORM.key.primitive_bitwidth
+    left, bins = tl.load(wanted + HOW_MANY), tl.arange(0, BINS)
     if FORM.limited:
-        ones = tl.sum(count_of(dropped, 0), 0)
+        ones = tl.sum(tl.load(dropped + bins), 0)
         left = tl.minimum(left, ones)
         if not FORM.regrow:
             left = tl.minimum(left, tl.load(wanted + N_ENTRIES) - ones)
-    key, bins = tl.full((), 0, FORM.key), tl.arange(0, BINS)
-    ties, low = tl.full((), 0, tl.int64), tl.full((), FORM.key.primitive_bitwidth - 1, tl.int32)
+    key, ties, low = tl.full((), 0, FORM.key), tl.full((), 0, tl.int64), tl.full((), WIDTH, tl.int32)
     for d in range(n_digits):
-        count = count_of(histograms, d)
+        count = tl.load(histograms + d * BINS + bins)
         total = tl.sum(count, 0)
         left = tl.minimum(left, total)  # there may be fewer candidates
         above = total - tl.cumsum(count, 0)
         at = tl.minimum(tl.sum((above >= left).to(tl.int32), 0), BINS - 1)
         left -= tl.sum(tl.where(bins == at, above, 0), 0)
         ties = tl.sum(tl.where(bins == at, count, 0), 0)
-        low = shift_of(d, FORM)
+        low = tl.maximum(WIDTH - DIGIT * (d + 1), 0)
         key = key | (at.to(FORM.key) << low.to(FORM.key))
-    return Cut(key, left, ties, low)
+    return Cut(key, left, ties, low, tl.maximum(low - DIGIT, 0))
 
 
 @triton.jit
@@ -245,7 +235,7 @@ def histogram_block(keys, bits, cut, j, mask, count, n_nan, DIGIT_INDEX: tl.cons
     key, nan = key_block(keys, j, mask, FORM)
     if DIGIT_INDEX == 0 and FORM.what == TOP:
         n_nan += tl.sum((nan & candidate).to(tl.int32), 0)
-    digit = ((key >> shift_of(DIGIT_INDEX, FORM).to(FORM.key)) & (BINS - 1)).to(tl.int32)
+    digit = ((key >> cut.next.to(FORM.key)) & (BINS - 1)).to(tl.int32)
     if DIGIT_INDEX == 0:
         count += tl.histogram(digit, BINS, candidate)
     else:
@@ -289,7 +279,9 @@ def histogram_kernel(
         if (entry(tables, W, chunk.t) & 15) == 0:
             count, nans = histogram_range(tables, chunk, wanted, bits, cut, count, nans, DIGIT_INDEX, True, FORM, TYPES)
         else:
-            count, nans = histogram_range(tables, chunk, wanted, bits, cut, count, nans, DIGIT_INDEX, False, FORM, TYPES)
+            count, nans = histogram_range(
+                tables, chunk, wanted, bits, cut, count, nans, DIGIT_INDEX, False, FORM, TYPES
+            )
     bins = tl.arange(0, BINS)
     tl.atomic_add(histograms + DIGIT_INDEX * BINS + bins, count.to(tl.int64), mask=count != 0, sem="relaxed")
     if DIGIT_INDEX == 0 and FORM.what == TOP:
@@ -409,9 +401,7 @@ def fisher_block(f, g, j, mask, keep, gain, scale, SCALED: tl.constexpr, TYPES: 
 
 
 @triton.jit
-def fisher_range(
-    tables, chunk, keep, gain, scale, SCALED: tl.constexpr, ALIGNED: tl.constexpr, TYPES: tl.constexpr
-):
+def fisher_range(tables, chunk, keep, gain, scale, SCALED: tl.constexpr, ALIGNED: tl.constexpr, TYPES: tl.constexpr):
     f = elements(entry(tables, W, chunk.t), chunk.lo, TYPES.w, ALIGNED)
     g = elements(entry(tables, FIRST, chunk.t), chunk.lo, TYPES.g, ALIGNED)
     keep, gain, scale = keep.to(TYPES.math), gain.to(TYPES.math), scale.to(TYPES.math)
