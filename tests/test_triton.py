@@ -40,7 +40,7 @@ def python(*arguments, **environment):
 
 
 INTERPRETED = {
-    "test_interpreted": ("-x", "tests/triton_interpreted.py", "tests/triton_lists_interpreted.py"),
+    "test_interpreted": ("-x", *(f"tests/triton_{name}interpreted.py" for name in ("", "lists_", "masks_"))),
     "test_as_a_backend_of_all_tests": (
         *("--durations=20", "-k", "triton"),
         *(f"--ignore-glob=*_{name}.py" for name in ("triton", "gpu", "docs")),
@@ -102,6 +102,17 @@ USUAL = [
     "list_combine-float32",
     "list_update-SGD-float32",
     "list_update-ADAMW-bfloat16",
+    "perturb-EUCLIDEAN-float32-masked",
+    "perturb-ELEMENT-float32-masked-renormalised",
+    "perturb-EUCLIDEAN-bfloat16-masked",
+    "list_norms-float32-masked",
+    "list_perturb-gradient-float32-masked",
+    "histogram-TOP-float32-first",
+    "histogram-DROP-bfloat16",
+    "mark-TOP-float32",
+    "settle-DROP-float32",
+    "settle-GROW",
+    "fisher-float32",
 ]
 
 
@@ -131,8 +142,9 @@ def test_nothing_spills(compiled):
     """By the cubin's own account. As many registers as the launch counts on, or its programs are not all resident.
 
     8 bytes are one number that Triton 3.6 parks for sm_90 while a launch reduces or a chunk begins, outside of its loops.
+    Beside a histogram, for which it takes a register for every 32 bins, it parks 16.
     """
-    assert [fact for fact in compiled if fact["stack"] > 8] == []
+    assert [fact for fact in compiled if fact["stack"] > (16 if fact["name"].startswith("histogram") else 8)] == []
     assert [fact for fact in compiled if fact["registers"] > fact["limit"]] == []
     lean = [fact for fact in compiled if fact["name"] in LEAN]
     assert len(lean) == 2 * len(LEAN)
@@ -154,8 +166,16 @@ OPERANDS = {
     "list_decompose": (2, 1),
     "list_combine": (2, 1),
     "list_update": (1, 1),
+    "fisher": (2, 1),
+    # The histogram of the digit before takes 4. Scores of half types are read by 8 bytes where they are counted.
+    "histogram": (4, 0),
+    "mark": (4, 0),
+    "settle": (4, 0),
 }
-ONE_PHASE = ("restore", "list_combine", "list_perturb", "list_update-SGD")
+ONE_PHASE = (
+    *("restore", "list_combine", "list_perturb", "list_update-SGD"),
+    *("histogram", "mark", "settle", "fisher"),
+)
 
 
 def test_accesses_are_wide(compiled):
@@ -164,6 +184,8 @@ def test_accesses_are_wide(compiled):
         operands = OPERANDS[fact["name"].split("-")[0]]
         if fact["name"].startswith("update-ADAMW") and fact["name"].endswith("float32"):
             operands = (5, 3)
+        if fact["name"].startswith(("histogram", "mark", "settle")) and "float32" in fact["name"]:
+            operands = (1 if fact["name"].endswith("first") else 5, 0)
         assert (fact["wide_loads"], fact["wide_stores"]) >= operands, fact
         assert fact["wide_stores"] >= operands[1], fact
 
@@ -199,8 +221,12 @@ def test_launches():
     lines = [line.split() for line in result.stdout.splitlines()]
     steps = ["perturb", "restore", "perturb", "update"]
     lists = ["norms", "list_perturb", "list_restore", "decompose", "combine", "update_sgd", "update_adamw"]
-    assert [name for name, _, _ in lines] == 3 * steps + lists
-    assert all(n_launches == "1" for _, n_launches, _ in lines)
+    masks = ["topk_mask", "drop_grow_mask", "drop_grow_mask"]
+    masked = ["fisher_accumulate", "masked_norms", "masked_perturb", "masked_half_step"]
+    assert [name for name, _, _ in lines] == 3 * steps + lists + masks + masked
+    selections = {"topk_mask": "5", "drop_grow_mask": "10"}
+    assert all(n_launches == selections.get(name, "1") for name, n_launches, _ in lines)
+    assert [int(n) for name, _, n in lines if name == "drop_grow_mask"][1] == 0
     n_compiled = [int(n) for _, _, n in lines]
     assert n_compiled[:12] == [1, 1, 0, 1] + [0] * 8
 

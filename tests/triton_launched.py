@@ -14,7 +14,7 @@ from triton.runtime import driver
 
 from samkern.options import Base, BaseGroup, Climb, ClimbGroup, MixOptions, Report
 from samkern.plan import Kept
-from samkern.triton_kernels import TritonPlan, launch, ops, plan, tables
+from samkern.triton_kernels import TritonPlan, arguments, launch, masks, ops, plan, tables
 
 from .lists import FP64, scalar
 
@@ -83,10 +83,28 @@ def list_ops():
     show("update_adamw", ops.update_adamw, w, g, m, v, steps, lr=0.1, **adam, **parts)
 
 
+def masks_and_climbs():
+    """A selection is a launch per digit and two more."""
+    w, g, saved = ([torch.ones(n) for n in (3, 2)] for _ in range(3))
+    bits, skip = torch.zeros(8, dtype=torch.uint8), torch.tensor(False)
+    show("topk_mask", masks.topk_mask, g, 2, bits, torch.zeros((), dtype=torch.int64))
+    for n in (2, 2**40):
+        show("drop_grow_mask", masks.drop_grow_mask, bits, g, n, -n, 3, regrow=False, skip=skip)
+    show("fisher_accumulate", masks.fisher_accumulate, w, g, 0.9, 0.1, scalar(1), skip)
+    show("masked_norms", ops.norms, g, (), w, mask=bits)
+    show("masked_perturb", ops.perturb, w, g, saved, scalar(1), mask=bits)
+    params = [nn.Parameter(torch.ones(5))]
+    params[0].grad, kept = torch.ones(5), Kept(params)
+    made = TritonPlan(params, [0], kept.cache_norm, kept.fresh, kept.skips)
+    made.bind_mask(0, bits[:4])
+    show("masked_half_step", made.perturb, [ClimbGroup(Climb.TRUST, 0.1)], False, torch.zeros(len(Report), dtype=FP64))
+
+
 if __name__ == "__main__":
     driver.set_active(NoGpu())
-    plan.check_device = ops.check_device = lambda device: None
-    plan.run = ops.run = run
+    plan.check_device = arguments.check_device = lambda device: None
+    plan.run = ops.run = masks.run = run
     tables.is_capturing = lambda device: False
     half_steps()
     list_ops()
+    masks_and_climbs()

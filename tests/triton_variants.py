@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from samkern.options import UNSCALED, Base, Climb, ClimbGroup, Mix, MixOptions, Scaling
 from samkern.reference import DIRECTIONS
-from samkern.triton_kernels import common, lists
+from samkern.triton_kernels import common, lists, masks, select
 from samkern.triton_kernels.launch import COMPILER_OPTIONS, registers_for, types_of
 from samkern.triton_kernels.lists import Given, Norms
 from samkern.triton_kernels.perturb import ALONG, PER_ENTRY, PER_FILTER, SIGNS, perturb_kernel
@@ -31,26 +31,26 @@ from samkern.triton_kernels.update import update_kernel
 ARCHITECTURES = (80, 90)
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 POINTERS = {
-    **dict.fromkeys(("rows", "scalars", "skips"), "*i64"),
+    **dict.fromkeys(("rows", "scalars", "skips", "wanted", "histograms", "dropped", "ties", "n_nan"), "*i64"),
     **dict.fromkeys(("places", "chunks", "runs", "sem", "matrices", "products"), "*i32"),
     **dict.fromkeys(("numbers", "partials", "run_partials", "filter_squares", "sums", "report", "cache_norm"), "*fp64"),
     **dict.fromkeys(("out", "scale", "k", "coeff_a", "coeff_b", "clip"), "*fp64"),
-    **dict.fromkeys(("fresh", "skip", "first"), "*u8"),
+    **dict.fromkeys(("fresh", "skip", "first", "candidates", "base"), "*u8"),
 }
 
 
 SCALING = Scaling(torch.ones(()), torch.zeros(()))
 
 
-def perturb(climb, w, scaled=False):
+def perturb(climb, w, scaled=False, masked=False, renormalises=False):
     half = w.itemsize == 2
     together = common.REDUCE | common.FOLD | common.APPLY | (common.CLOSE if half else 0)
     constants = {
         "PHASES": int(together),
-        "FORM": form_of_climbs([ClimbGroup(climb, 0.1)], half, scaled),
+        "FORM": form_of_climbs([ClimbGroup(climb, 0.1)], half, scaled, masked, renormalises),
         "TYPES": types_of(w, w),
     }
-    return perturb_kernel, registers_for([w], climb == Climb.FILTER, scaled), constants
+    return perturb_kernel, registers_for([w], climb == Climb.FILTER or renormalises, scaled, masked), constants
 
 
 def update(base, mix, w, cache=FP32, clips=False, scaling=UNSCALED):
@@ -71,23 +71,24 @@ def restore(w):
     return restore_kernel, registers_for([w]), {"TYPES": types_of(w)}
 
 
-def list_norms(w):
+def list_norms(w, masked=False):
     constants = {
         "PHASES": int(common.REDUCE | common.FOLD | common.CLOSE),
-        "FORM": Norms(True, True, int(lists.BY_ENTRY)),
+        "FORM": Norms(True, True, int(lists.BY_ENTRY), masked),
         "TYPES": types_of(w, w, other=w),
     }
     return lists.norms_kernel, registers_for([w], crowded=True), constants
 
 
-def list_perturb(direction, w):
+def list_perturb(direction, w, masked=False):
     crowded = direction == PER_FILTER
     constants = {
         "PHASES": int(common.REDUCE | common.APPLY if crowded else common.APPLY),
         "DIRECTION": int(direction),
+        "MASKED": masked,
         "TYPES": types_of(w, w),
     }
-    return lists.climb_kernel, registers_for([w], crowded), constants
+    return lists.climb_kernel, registers_for([w], crowded, masked=masked), constants
 
 
 def list_decompose(w):
@@ -116,6 +117,19 @@ def list_update(base, w):
     return lists.update_list_kernel, registers_for([w], True), constants
 
 
+def selection(kernel, what, w, wide=False, digit=None):
+    """``wide``: beside scores of float64."""
+    key = masks.tl.uint64 if wide or w == FP64 else masks.tl.uint32
+    form = select.Select(int(what), key, limited=what == select.GROW, skips=what != select.TOP)
+    constants = {"FORM": form, "TYPES": types_of(w)._replace(block=masks.block_for(kernel, form))}
+    return kernel, masks.REGISTERS, constants if digit is None else {**constants, "DIGIT_INDEX": digit}
+
+
+def fisher(w):
+    constants = {"SCALED": True, "SKIPS": True, "TYPES": types_of(w, w)}
+    return select.fisher_kernel, registers_for([w]), constants
+
+
 def name_of(dtype):
     return str(dtype).removeprefix("torch.")
 
@@ -132,6 +146,13 @@ VARIANTS = {
     "update-ADAM-DECOMPOSE-float32-bf16-cache": update(Base.ADAM, Mix.DECOMPOSE, FP32, BF16),
     **{f"perturb-{c.name}-float32-scaled": perturb(c, FP32, True) for c in Climb},
     **{
+        f"perturb-{c.name}-{name_of(w)}-masked{how}": perturb(c, w, False, True, bool(how))
+        for c in Climb
+        for w in (FP32, BF16, FP16, FP64)
+        for how in ("", "-renormalised")
+    },
+    **{f"perturb-{c.name}-float32-scaled-masked": perturb(c, FP32, True, True) for c in Climb},
+    **{
         f"update-{base.name}-{mix.name}-float32-scaled": update(base, mix, FP32, scaling=SCALING)
         for base in Base
         for mix in Mix
@@ -143,6 +164,12 @@ VARIANTS = {
         for name, direction in zip(DIRECTIONS, (ALONG, SIGNS, PER_ENTRY, PER_FILTER), strict=True)
         for w in (FP32, BF16, FP16, FP64)
     },
+    **{f"list_norms-{name_of(w)}-masked": list_norms(w, True) for w in (FP32, BF16, FP16, FP64)},
+    **{
+        f"list_perturb-{name}-{name_of(w)}-masked": list_perturb(direction, w, True)
+        for name, direction in zip(DIRECTIONS, (ALONG, SIGNS, PER_ENTRY, PER_FILTER), strict=True)
+        for w in (FP32, BF16, FP16, FP64)
+    },
     **{f"list_decompose-{name_of(w)}": list_decompose(w) for w in (FP32, BF16, FP16, FP64)},
     **{f"list_combine-{name_of(w)}": list_combine(w) for w in (FP32, BF16, FP16, FP64)},
     **{
@@ -150,6 +177,22 @@ VARIANTS = {
         for base in (Base.SGD, Base.ADAM, Base.ADAMW)
         for w in (FP32, BF16, FP16, FP64)
     },
+    **{f"fisher-{name_of(w)}": fisher(w) for w in (FP32, BF16, FP16, FP64)},
+    **{
+        f"{kernel}-{name}-{name_of(w)}{'-wide' if wide else ''}": selection(
+            getattr(select, f"{kernel}_kernel"), what, w, wide, 1 if kernel == "histogram" else None
+        )
+        for kernel in ("histogram", "mark", "settle")
+        for name, what in (("TOP", select.TOP), ("DROP", select.DROP))
+        for w, wide in ((FP32, False), (BF16, False), (FP16, False), (FP64, False), (FP32, True), (BF16, True))
+    },
+    **{
+        f"{kernel}-GROW": selection(
+            getattr(select, f"{kernel}_kernel"), select.GROW, FP32, digit=1 if kernel == "histogram" else None
+        )
+        for kernel in ("histogram", "mark", "settle")
+    },
+    "histogram-TOP-float32-first": selection(select.histogram_kernel, select.TOP, FP32, digit=0),
 }
 
 
@@ -164,12 +207,17 @@ def resources(cubin):
     return int(registers), int(stack) + int(local)
 
 
+def pointer_of(kernel, name):
+    """``out`` are sums, but of a selection."""
+    return "*u8" if name == "out" and "candidates" in kernel.arg_names else POINTERS.get(name)
+
+
 def compile_variant(kernel, limit, constants, architecture):
     """What PTX and cubin say. Tables are aligned as an allocation is, and counts are not specialised, as in a launch."""
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
-        signature[name] = "constexpr" if name in constants else POINTERS.get(name, "i32")
-        if name in POINTERS:
+        signature[name] = "constexpr" if name in constants else pointer_of(kernel, name) or "i32"
+        if signature[name].startswith("*"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(

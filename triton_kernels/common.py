@@ -6,7 +6,7 @@ but the list.
 
 Tables (``n`` tensors; a row of ``rows`` and ``sums`` is ``n`` entries, one of ``places`` is ``n + 1``):
 
-``rows``     int64    addresses by role, 0: this tensor plays no such role in this call; then sizes and filters
+``rows``     int64    addresses by role, 0: this tensor plays no such role in this call; then sizes, filters, places
 ``places``   int32    param group, kind of number, first chunk and first run of filters, of each tensor
 ``chunks``   int32    tensor, then index within it, of each chunk of this launch
 ``runs``     int32    tensor, then first filter, then number of filters, of each run of this launch
@@ -48,10 +48,11 @@ SETTLE = constant(8)  # what may change only after every program has read the ol
 CLOSE = constant(16)  # what sums over what SETTLE or APPLY left: one program
 ALL_PHASES = (int(REDUCE), int(FOLD), int(APPLY), int(SETTLE), int(CLOSE))
 
-# Rows of `rows`. FIRST is the gradient at w, set aside while GRAD is the one at w + eps.
-W, GRAD, FIRST, SAVED, CACHE, STATE1, STATE2, STEP = (constant(i) for i in range(8))
-NUMEL, FILTER_COUNT, FILTER_STRIDE, FILTER_FIRST = (constant(i) for i in range(8, 12))
-N_ADDRESSES, N_ROWS = 8, 12
+# Rows of `rows`. FIRST is the gradient at w, set aside while GRAD is the one at w + eps. MASK are bits, one an entry in the
+# order of w's memory: where 0, the entry is not perturbed. FIRST_ENTRY and FIRST_BYTE: entries, and bytes of bits, before.
+W, GRAD, FIRST, SAVED, CACHE, STATE1, STATE2, STEP, MASK = (constant(i) for i in range(9))
+NUMEL, FILTER_COUNT, FILTER_STRIDE, FILTER_FIRST, FIRST_ENTRY, FIRST_BYTE = (constant(i) for i in range(9, 15))
+N_ADDRESSES, N_ROWS = 9, 15
 
 # Rows of `places`. The filters of a tensor are summed in runs of neighbours.
 GROUP, KIND, STEP_KIND, FIRST_CHUNK, FIRST_RUN = (constant(i) for i in range(5))
@@ -299,6 +300,24 @@ def read(p, mask):
         return tl.load(p)
     else:
         return tl.load(p, mask=mask, other=0.0)
+
+
+@triton.jit
+def bits_of_chunk(tables, chunk):
+    """Address of a chunk's bits, 0 where its tensor has no mask. Chunks begin at a multiple of 8 entries."""
+    address = entry(tables, MASK, chunk.t)
+    return tl.where(address != 0, address + (chunk.lo >> 3), 0)
+
+
+@triton.jit
+def unmasked(bits, j, mask):
+    """Whether entries ``j`` have a one in the bits that begin at address ``bits``; all have if it is 0."""
+    if mask is None:
+        there = only_if(bits != 0, tl.full(j.shape, 1, tl.int1))
+    else:
+        there = only_if(bits != 0, mask)
+    eight = tl.load(bits.to(tl.pointer_type(tl.uint8)) + (j >> 3), mask=there, other=255)
+    return ((eight.to(tl.int32) >> (j & 7).to(tl.int32)) & 1) != 0
 
 
 @triton.jit

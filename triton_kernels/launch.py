@@ -37,18 +37,21 @@ def types_of(w: torch.dtype, g: torch.dtype | None = None, **others: torch.dtype
     )
 
 
-def registers_for(dtypes: Iterable[torch.dtype], crowded: bool = False, scaled: bool = False) -> int:
+def registers_for(
+    dtypes: Iterable[torch.dtype], crowded: bool = False, scaled: bool = False, masked: bool = False
+) -> int:
     """Registers a thread may use, so that nothing spills on sm_80 and sm_90.
 
     A cooperative launch must know how many programs are resident, and this says it: 4, 3 or 2 on a multiprocessor.
     ``crowded``: scales by filter, a mix, or a base update other than SGD's. Those have more operands, and keep as many bytes
-    under way with fewer threads. ``scaled``: there may be a loss scale.
+    under way with fewer threads. ``scaled``: there may be a loss scale. ``masked``: there are masks, each entry's byte an
+    address of its own: too many beside those of half types.
     """
-    if crowded:
+    if crowded or (masked and any(dtype.itemsize == 2 for dtype in dtypes)):
         return 128
     if torch.float64 in dtypes:
         return 96
-    return 64 if set(dtypes) == {torch.float32} and not scaled else 80
+    return 64 if set(dtypes) == {torch.float32} and not scaled and not masked else 80
 
 
 def run(

@@ -20,6 +20,7 @@ from .common import (
     FOLD_TENSORS,
     GRAD,
     LANES,
+    MASK,
     REDUCE,
     SAVED,
     SETTLE,
@@ -28,6 +29,7 @@ from .common import (
     Tables,
     W,
     barrier_before,
+    bits_of_chunk,
     constant,
     elements,
     entries,
@@ -38,6 +40,7 @@ from .common import (
     read,
     round_to,
     share,
+    unmasked,
     widened,
     write_partial,
 )
@@ -53,11 +56,12 @@ N_ROWS_OF_NORMS = constant(5)  # AA to TT
 
 
 class Norms(NamedTuple):
-    """What norms_kernel is compiled for beside dtypes: which lists there are, and the weighting."""
+    """What norms_kernel is compiled for beside dtypes: which lists there are, the weighting, and whether there are masks."""
 
     has_b: bool
     has_w: bool
     weighting: int
+    masked: bool = False
 
 
 class Given(NamedTuple):
@@ -95,13 +99,19 @@ def write_total(out, n):
 
 
 @triton.jit
-def norms_block(a, b, w, eta, j, mask, aa, ab, bb, ww, tt, LANE: tl.constexpr, FORM: tl.constexpr, TYPES: tl.constexpr):
+def norms_block(
+    a, b, w, eta, bits, j, mask, aa, ab, bb, ww, tt, LANE: tl.constexpr, FORM: tl.constexpr, TYPES: tl.constexpr
+):
     x = widened(read(a + j, mask))
     aa += lane_sums(x, x, LANE)
     if FORM.has_b:
         y = widened(read(b + j, mask))
         ab += lane_sums(x, y, LANE)
         bb += lane_sums(y, y, LANE)
+    if FORM.masked:
+        x = tl.where(unmasked(bits, j, mask), x, 0.0)
+        if FORM.weighting == PLAIN or FORM.weighting == BY_LAYER:
+            tt += lane_sums(x, x, LANE)
     if FORM.has_w:
         z = widened(read(w + j, mask))
         ww += lane_sums(z, z, LANE)
@@ -118,7 +128,7 @@ def norms_range(tables, chunk, a, b, w, ALIGNED: tl.constexpr, FORM: tl.constexp
     a = elements(a, chunk.lo, TYPES.g, ALIGNED)
     b = elements(b, chunk.lo, TYPES.other, ALIGNED)
     w = elements(w, chunk.lo, TYPES.w, ALIGNED)
-    eta = tl.load(tables.numbers).to(TYPES.math)
+    eta, bits = tl.load(tables.numbers).to(TYPES.math), bits_of_chunk(tables, chunk)
     o = tl.arange(0, BLOCK)
     aa = tl.zeros((BLOCK // LANE,), tl.float64)
     ab = tl.zeros((BLOCK // LANE,), tl.float64)
@@ -126,9 +136,9 @@ def norms_range(tables, chunk, a, b, w, ALIGNED: tl.constexpr, FORM: tl.constexp
     ww = tl.zeros((BLOCK // LANE,), tl.float64)
     tt = tl.zeros((BLOCK // LANE,), tl.float64)
     for i in range(chunk.n // BLOCK):
-        aa, ab, bb, ww, tt = norms_block(a, b, w, eta, i * BLOCK + o, None, aa, ab, bb, ww, tt, LANE, FORM, TYPES)
+        aa, ab, bb, ww, tt = norms_block(a, b, w, eta, bits, i * BLOCK + o, None, aa, ab, bb, ww, tt, LANE, FORM, TYPES)
     j = chunk.n // BLOCK * BLOCK + o
-    aa, ab, bb, ww, tt = norms_block(a, b, w, eta, j, j < chunk.n, aa, ab, bb, ww, tt, LANE, FORM, TYPES)
+    aa, ab, bb, ww, tt = norms_block(a, b, w, eta, bits, j, j < chunk.n, aa, ab, bb, ww, tt, LANE, FORM, TYPES)
     write_partial(tables, AA, chunk, tl.sum(aa, 0))
     write_partial(tables, AB, chunk, tl.sum(ab, 0))
     write_partial(tables, BB, chunk, tl.sum(bb, 0))
@@ -137,16 +147,18 @@ def norms_range(tables, chunk, a, b, w, ALIGNED: tl.constexpr, FORM: tl.constexp
 
 
 @triton.jit
-def reduce_filters(r, runs, tables, run_partials, filter_squares, n_runs, n_all_runs, TYPES: tl.constexpr):
+def reduce_filters(
+    r, runs, tables, run_partials, filter_squares, n_runs, n_all_runs, MASKED: tl.constexpr, TYPES: tl.constexpr
+):
     """Sums of a run of filters of W and FIRST. Leaves T^2 of each."""
     t, first = tl.load(runs + r), tl.load(runs + n_runs + r)
     n, partial = tl.load(runs + 2 * n_runs + r), run_partials + tl.load(runs + 3 * n_runs + r)
-    w, g, eta = entry(tables, W, t), entry(tables, FIRST, t), tl.load(tables.numbers)
+    w, g, bits, eta = entry(tables, W, t), entry(tables, FIRST, t), entry(tables, MASK, t), tl.load(tables.numbers)
     filters = filters_of(tables, filter_squares, t)
     if n > 1:
-        filter_sums(w, g, eta, filters, first, n, partial, n_all_runs, 8, 128, TYPES)
+        filter_sums(w, g, bits, eta, filters, first, n, partial, n_all_runs, 8, 128, MASKED, TYPES)
     else:
-        filter_sums(w, g, eta, filters, first, n, partial, n_all_runs, 1, 1024, TYPES)
+        filter_sums(w, g, bits, eta, filters, first, n, partial, n_all_runs, 1, 1024, MASKED, TYPES)
 
 
 @triton.jit
@@ -154,14 +166,14 @@ def fold_norms(tile, tables, out, run_partials, n_all_runs, FORM: tl.constexpr):
     t = tile * FOLD_TENSORS + tl.arange(0, FOLD_TENSORS)
     aa, ww = fold_chunks(tables, AA, t), fold_chunks(tables, WW, t)
     tt = aa
-    if FORM.weighting == BY_ENTRY or FORM.weighting == BY_FILTER:
+    if FORM.masked or FORM.weighting == BY_ENTRY or FORM.weighting == BY_FILTER:
         tt = fold_chunks(tables, TT, t)
     if FORM.weighting == BY_FILTER:
         filtered = entries(tables, FILTER_COUNT, t) > 0
         tt = tl.where(filtered, fold_runs(run_partials + n_all_runs, tables, t), tt)
     if FORM.weighting == BY_LAYER:
         layer = tl.sqrt(ww) + tl.load(tables.numbers)
-        tt = layer * layer * aa
+        tt = layer * layer * tt
     there, width = t < tables.n_tensors, tables.n_tensors + 1
     tl.store(out + AA * width + t, aa, mask=there)
     tl.store(out + AB * width + t, fold_chunks(tables, AB, t), mask=there)
@@ -178,7 +190,8 @@ def norms_kernel(
 ):  # fmt: skip
     """Sums of squares and products, AA to TT, per tensor and over all: rows of ``out``, of ``n_tensors + 1`` entries.
 
-    Operands: FIRST is ``a``, of dtype ``TYPES.g``; GRAD is ``b``, of ``TYPES.other``; W. ``numbers``: eta.
+    Operands: FIRST is ``a``, of dtype ``TYPES.g``; GRAD is ``b``, of ``TYPES.other``; W; MASK, what TT sums over. ``numbers``:
+    eta.
     """
     tables = Tables(rows, places, numbers, rows, partials, out, n_tensors, n_all_chunks)
     begin, end = share(n_chunks)
@@ -193,7 +206,7 @@ def norms_kernel(
         if FORM.weighting == BY_FILTER:
             first_run, last_run = share(n_runs)
             for r in range(first_run, last_run):
-                reduce_filters(r, runs, tables, run_partials, filter_squares, n_runs, n_all_runs, TYPES)
+                reduce_filters(r, runs, tables, run_partials, filter_squares, n_runs, n_all_runs, FORM.masked, TYPES)
     barrier_before(FOLD, PHASES, sem)
     if PHASES & FOLD:
         for tile in range(tl.program_id(0), tl.cdiv(n_tensors, FOLD_TENSORS), tl.num_programs(0)):
@@ -211,18 +224,19 @@ def norms_kernel(
 def climb_kernel(
     rows, places, chunks, runs, numbers, scale, scale_step, run_partials, filter_squares, sem,
     n_tensors, n_chunks, n_runs, n_all_runs,
-    PHASES: tl.constexpr, DIRECTION: tl.constexpr, TYPES: tl.constexpr,
+    PHASES: tl.constexpr, DIRECTION: tl.constexpr, MASKED: tl.constexpr, TYPES: tl.constexpr,
 ):  # fmt: skip
     """``saved = w; w += scale * direction``: as perturb_kernel, with scales that are given.
 
-    Operands: W and SAVED (written), FIRST (the gradient). ``numbers``: eta. A scale that is not finite leaves ``w`` alone.
+    Operands: W and SAVED (written), FIRST (the gradient), MASK. ``numbers``: eta. A scale that is not finite leaves ``w``
+    alone.
     """
     tables = Tables(rows, places, numbers, rows, run_partials, run_partials, n_tensors, n_chunks)
     if PHASES & REDUCE:
         if DIRECTION == PER_FILTER:
             first_run, last_run = share(n_runs)
             for r in range(first_run, last_run):
-                reduce_filters(r, runs, tables, run_partials, filter_squares, n_runs, n_all_runs, TYPES)
+                reduce_filters(r, runs, tables, run_partials, filter_squares, n_runs, n_all_runs, False, TYPES)
     barrier_before(APPLY, PHASES, sem)
     if PHASES & APPLY:
         begin, end = share(n_chunks)
@@ -232,21 +246,21 @@ def climb_kernel(
             factor = of_tensor(Coefficient(scale, scale_step), chunk.t)
             if DIRECTION == PER_FILTER:
                 if filters.count > 0:
-                    climb_along(tables, chunk, factor, filters, PER_FILTER, TYPES)
+                    climb_along(tables, chunk, factor, filters, PER_FILTER, MASKED, TYPES)
                 else:
-                    climb_along(tables, chunk, factor, filters, PER_ENTRY, TYPES)
+                    climb_along(tables, chunk, factor, filters, PER_ENTRY, MASKED, TYPES)
             else:
-                climb_along(tables, chunk, factor, filters, DIRECTION, TYPES)
+                climb_along(tables, chunk, factor, filters, DIRECTION, MASKED, TYPES)
 
 
 @triton.jit
-def climb_along(tables, chunk, scale, filters, direction: tl.constexpr, TYPES: tl.constexpr):
+def climb_along(tables, chunk, scale, filters, direction: tl.constexpr, MASKED: tl.constexpr, TYPES: tl.constexpr):
     w, g, saved = entry(tables, W, chunk.t), entry(tables, FIRST, chunk.t), entry(tables, SAVED, chunk.t)
     eta, moves = tl.load(tables.numbers), tl.abs(scale) < float("inf")
     if ((w | g | saved) & 15) == 0:
-        climb_range(tables, chunk, w, g, saved, scale, eta, moves, filters, direction, False, True, TYPES)
+        climb_range(tables, chunk, w, g, saved, scale, eta, moves, filters, direction, MASKED, False, True, TYPES)
     else:
-        climb_range(tables, chunk, w, g, saved, scale, eta, moves, filters, direction, False, False, TYPES)
+        climb_range(tables, chunk, w, g, saved, scale, eta, moves, filters, direction, MASKED, False, False, TYPES)
 
 
 # ---- decompose and combine

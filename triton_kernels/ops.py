@@ -6,7 +6,7 @@ Same arguments, same bits. Coefficients stay on the device: nothing is read back
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Unpack
 
 import torch
@@ -16,7 +16,8 @@ from ..options import Base, BaseGroup, Mix, Scope
 from ..reference import DIRECTIONS, SUMS, WEIGHTINGS, Parts, math_dtype
 from ..tensors import is_dense
 from . import common
-from .launch import check_device, registers_for, run, run_phases, types_of
+from .arguments import Tensors, combinations, flag_bytes, mark_written, on_device, step_of, tables_of
+from .launch import registers_for, run, run_phases, types_of
 from .lists import (
     Given,
     Norms,
@@ -26,24 +27,45 @@ from .lists import (
     norms_kernel,
     update_list_kernel,
 )
+from .masks import drop_grow_mask, fisher_accumulate, topk_mask
 from .perturb import ALONG, PER_ENTRY, PER_FILTER, SIGNS
 from .restore import restore_kernel
-from .tables import DeviceTables, Slice, laid_out_like
+from .tables import Slice
 from .update import Update
 
-Tensors = Sequence[Tensor]
+__all__ = [
+    "combine",
+    "decompose",
+    "drop_grow_mask",
+    "fisher_accumulate",
+    "norms",
+    "perturb",
+    "restore",
+    "topk_mask",
+    "update_adam",
+    "update_adamw",
+    "update_sgd",
+]
 
 _DIRECTIONS = dict(zip(DIRECTIONS, (ALONG, SIGNS, PER_ENTRY, PER_FILTER), strict=True))
 
 
-def norms(a: Tensors, b: Tensors = (), w: Tensors = (), *, weighting: str = "gradient", eta: float = 0.0) -> Tensor:
+def norms(
+    a: Tensors,
+    b: Tensors = (),
+    w: Tensors = (),
+    *,
+    weighting: str = "gradient",
+    eta: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
     """As ``reference.norms``."""
-    a = [x if is_dense(x) else x.contiguous() for x in a]
-    tables = _tables(a, {common.FIRST: a, common.GRAD: b, common.W: w})
+    like = [x if is_dense(x) else x.contiguous() for x in w or a]  # bits are in the order of its memory
+    tables = tables_of(like, {common.FIRST: a if w else like, common.GRAD: b, common.W: like if w else ()}, mask)
     numbers = tables.numbers("norms", [eta])
     out = torch.empty(len(SUMS), len(a) + 1, dtype=torch.float64, device=a[0].device)
     by_filter = weighting == "filter"
-    form = Norms(bool(b), bool(w), WEIGHTINGS.index(weighting))
+    form = Norms(bool(b), bool(w), WEIGHTINGS.index(weighting), mask is not None)
     squares = tables.filter_squares(by_filter)
 
     def launch(part: Slice, phases: int) -> None:
@@ -65,17 +87,24 @@ def norms(a: Tensors, b: Tensors = (), w: Tensors = (), *, weighting: str = "gra
         )
 
     phases = int(common.REDUCE) | int(common.FOLD) | int(common.CLOSE)
-    run_phases(launch, tables.slices("norms", _combinations(a, b or a, w or a)), phases)
+    run_phases(launch, tables.slices("norms", combinations(a, b or a, w or a)), phases)
     return out
 
 
 def perturb(
-    w: Tensors, g: Tensors, saved: Tensors, scale: Tensor, *, direction: str = "gradient", eta: float = 0.0
+    w: Tensors,
+    g: Tensors,
+    saved: Tensors,
+    scale: Tensor,
+    *,
+    direction: str = "gradient",
+    eta: float = 0.0,
+    mask: Tensor | None = None,
 ) -> None:
     """As ``reference.perturb``."""
-    tables = _tables(w, {common.W: w, common.FIRST: g, common.SAVED: saved})
+    tables = tables_of(w, {common.W: w, common.FIRST: g, common.SAVED: saved}, mask)
     numbers, by_filter = tables.numbers("perturb", [eta]), direction == "filter"
-    scale, squares = _on_device(scale, w[0].device), tables.filter_squares(by_filter)
+    scale, squares = on_device(scale, w[0].device), tables.filter_squares(by_filter)
 
     def launch(part: Slice, phases: int) -> None:
         n_chunks, n_runs = part.chunks.shape[1], part.runs.shape[1]
@@ -83,24 +112,25 @@ def perturb(
             climb_kernel,
             scale.device,
             [
-                *(tables.rows, tables.places, part.chunks, part.runs, numbers, scale, _step(scale)),
+                *(tables.rows, tables.places, part.chunks, part.runs, numbers, scale, step_of(scale)),
                 *(tables.run_partials, squares, tables.sem, len(w), n_chunks, n_runs, tables.n_runs),
             ],
             max(n_chunks, n_runs),
-            registers_for(part.dtypes, crowded=by_filter),
+            registers_for(part.dtypes, by_filter, masked=mask is not None),
             PHASES=phases,
             DIRECTION=int(_DIRECTIONS[direction]),
+            MASKED=mask is not None,
             TYPES=types_of(*part.dtypes),
         )
 
     phases = int(common.APPLY) | (int(common.REDUCE) if by_filter else 0)
-    run_phases(launch, tables.slices("perturb", _combinations(w, g)), phases)
-    _mark_written(w, saved)
+    run_phases(launch, tables.slices("perturb", combinations(w, g)), phases)
+    mark_written(w, saved)
 
 
 def restore(w: Tensors, saved: Tensors) -> None:
     """As ``reference.restore``."""
-    tables = _tables(w, {common.W: w, common.SAVED: saved})
+    tables = tables_of(w, {common.W: w, common.SAVED: saved})
 
     def launch(part: Slice, _: int) -> None:
         n_chunks = part.chunks.shape[1]
@@ -108,14 +138,14 @@ def restore(w: Tensors, saved: Tensors) -> None:
         registers = registers_for(part.dtypes)
         run(restore_kernel, w[0].device, arguments, n_chunks, registers, TYPES=types_of(*part.dtypes))
 
-    run_phases(launch, tables.slices("restore", _combinations(w)), int(common.APPLY))
-    _mark_written(w)
+    run_phases(launch, tables.slices("restore", combinations(w)), int(common.APPLY))
+    mark_written(w)
 
 
 def decompose(c: Tensors, g: Tensors, g_s: Tensors, k: Tensor) -> Tensor:
     """As ``reference.decompose``."""
-    tables = _tables(c, {common.CACHE: c, common.FIRST: g, common.GRAD: g_s})
-    k = _on_device(k, c[0].device)
+    tables = tables_of(c, {common.CACHE: c, common.FIRST: g, common.GRAD: g_s})
+    k = on_device(k, c[0].device)
     out = torch.empty(len(c) + 1, dtype=torch.float64, device=k.device)
 
     def launch(part: Slice, phases: int) -> None:
@@ -125,7 +155,7 @@ def decompose(c: Tensors, g: Tensors, g_s: Tensors, k: Tensor) -> Tensor:
             decompose_kernel,
             out.device,
             [
-                *(tables.rows, tables.places, part.chunks, k, _step(k), tables.partials, out, tables.sem),
+                *(tables.rows, tables.places, part.chunks, k, step_of(k), tables.partials, out, tables.sem),
                 *(len(c), n_chunks, tables.n_chunks),
             ],
             n_chunks,
@@ -135,20 +165,20 @@ def decompose(c: Tensors, g: Tensors, g_s: Tensors, k: Tensor) -> Tensor:
         )
 
     phases = int(common.REDUCE) | int(common.FOLD) | int(common.CLOSE)
-    run_phases(launch, tables.slices("decompose", _combinations(c, g, g_s)), phases)
-    _mark_written(c)
+    run_phases(launch, tables.slices("decompose", combinations(c, g, g_s)), phases)
+    mark_written(c)
     return out
 
 
 def combine(u: Tensors, a: Tensors, b: Tensors, coeff_a: Tensor, coeff_b: Tensor) -> None:
     """As ``reference.combine``."""
-    tables = _tables(u, {common.W: u, common.GRAD: a, common.CACHE: b})
-    coeff_a, coeff_b = _on_device(coeff_a, u[0].device), _on_device(coeff_b, u[0].device)
+    tables = tables_of(u, {common.W: u, common.GRAD: a, common.CACHE: b})
+    coeff_a, coeff_b = on_device(coeff_a, u[0].device), on_device(coeff_b, u[0].device)
 
     def launch(part: Slice, _: int) -> None:
         out, first, second = part.dtypes
         n_chunks = part.chunks.shape[1]
-        coefficients = (coeff_a, _step(coeff_a), coeff_b, _step(coeff_b))
+        coefficients = (coeff_a, step_of(coeff_a), coeff_b, step_of(coeff_b))
         run(
             combine_kernel,
             coeff_a.device,
@@ -158,8 +188,8 @@ def combine(u: Tensors, a: Tensors, b: Tensors, coeff_a: Tensor, coeff_b: Tensor
             TYPES=types_of(out, first, other=second),
         )
 
-    run_phases(launch, tables.slices("combine", _combinations(u, a, b)), int(common.APPLY))
-    _mark_written(u)
+    run_phases(launch, tables.slices("combine", combinations(u, a, b)), int(common.APPLY))
+    mark_written(u)
 
 
 def update_sgd(
@@ -227,7 +257,7 @@ def _update(
     device, mixes = w[0].device, bool(cache) and coeff_a is not None and coeff_b is not None
     cache = cache if mixes else ()
     state1, state2 = [*moments, (), ()][:2]
-    tables = _tables(
+    tables = tables_of(
         w,
         {
             common.W: w,
@@ -254,8 +284,8 @@ def _update(
         scaled=mixes,
     )
     given = Given(mixes, clip is not None, skip is not None, first is not None)
-    a, b, factor = (_on_device(x, device) if x is not None else numbers for x in (coeff_a, coeff_b, clip))
-    skips, fresh = (_bytes(x, device) if x is not None else numbers for x in (skip, first))
+    a, b, factor = (on_device(x, device) if x is not None else numbers for x in (coeff_a, coeff_b, clip))
+    skips, fresh = (flag_bytes(x, device) if x is not None else numbers for x in (skip, first))
 
     def launch(part: Slice, phases: int) -> None:
         weights, gradient, cached, moment1, moment2 = part.dtypes
@@ -265,7 +295,7 @@ def _update(
             device,
             [
                 *(tables.rows, tables.places, part.chunks, numbers, scalars, tables.sums),
-                *(a, _step(a), b, _step(b), factor, skips, fresh, _step(fresh), tables.sem, len(w), n_chunks),
+                *(a, step_of(a), b, step_of(b), factor, skips, fresh, step_of(fresh), tables.sem, len(w), n_chunks),
             ],
             n_chunks,
             registers_for(part.dtypes, mixes or base != Base.SGD),
@@ -278,42 +308,9 @@ def _update(
     adam = int(common.FOLD) | int(common.SETTLE) if base != Base.SGD else 0
     state_like = [torch.empty(0, dtype=math_dtype(x.dtype)) for x in w]
     lists = (w, u, cache or w, state1 or state_like, state2 or state_like)
-    run_phases(launch, tables.slices("update", _combinations(*lists)), int(common.APPLY) | adam)
-    _mark_written(w, state1, state2, steps)
+    run_phases(launch, tables.slices("update", combinations(*lists)), int(common.APPLY) | adam)
+    mark_written(w, state1, state2, steps)
 
 
 def _is_advanced_in_place(step: Tensor, x: Tensor) -> bool:
     return step.device == x.device and step.dtype in (torch.float32, torch.float64)
-
-
-def _tables(like: Tensors, roles: Mapping[Any, Tensors]) -> DeviceTables:
-    """Tables of equal lists, those that are only read laid out like the first."""
-    check_device(like[0].device)
-    bound = {
-        row: {i: laid_out_like(x, first) for i, (x, first) in enumerate(zip(tensors, like, strict=True))}
-        for row, tensors in roles.items()
-        if tensors
-    }
-    return DeviceTables(like, [0] * len(like), like[0].device, bound)
-
-
-def _combinations(*lists: Tensors) -> list[tuple[torch.dtype, ...]]:
-    return [tuple(x.dtype for x in tensors) for tensors in zip(*lists, strict=True)]
-
-
-def _on_device(coefficient: Tensor, device: torch.device) -> Tensor:
-    return coefficient.to(device, torch.float64).contiguous()
-
-
-def _bytes(flag: Tensor, device: torch.device) -> Tensor:
-    return flag.to(device, torch.bool).contiguous().view(torch.uint8)
-
-
-def _step(coefficient: Tensor) -> int:
-    """From the coefficient of a tensor to the next one's: 0 if there is one for all."""
-    return int(coefficient.numel() > 1)
-
-
-def _mark_written(*lists: Tensors) -> None:
-    """Autograd must notice: kernels write through addresses."""
-    torch.autograd.graph.increment_version([x for tensors in lists for x in tensors if not x.is_inference()])

@@ -24,6 +24,7 @@ from .common import (
     GROUP,
     KIND,
     LANES,
+    MASK,
     MOVED_EPS,
     MOVED_SQ,
     PERTURB_NORM,
@@ -40,6 +41,7 @@ from .common import (
     Tables,
     W,
     barrier_before,
+    bits_of_chunk,
     constant,
     elements,
     entries,
@@ -58,6 +60,7 @@ from .common import (
     round_to,
     scalar,
     share,
+    unmasked,
     write_partial,
     write_sums,
 )
@@ -88,13 +91,16 @@ class Climbs(NamedTuple):
     """What a perturb kernel is compiled for beside dtypes.
 
     Bits of ``needs`` and ``directions``: what occurs in the list. ``halves``: some weights are of a half type. ``scaled``:
-    there may be a loss scale.
+    there may be a loss scale. ``masked``: some tensors have masks, and ``renormalises``: norm(T g) is that of what they let
+    through.
     """
 
     needs: int
     directions: int
     halves: bool
     scaled: bool
+    masked: bool = False
+    renormalises: bool = False
 
 
 class Outcome(NamedTuple):
@@ -118,7 +124,10 @@ def climb_of(option, tables, t):
 
 @triton.jit
 def climb_scale(climb, rho, eta, trust_clip, ww, aa, norm):
-    """``s`` in ``eps = s * direction``, in fp64. ``norm``: of T g over all tensors; ``ww``, ``aa``: sums of this one."""
+    """``s`` in ``eps = s * direction``, in fp64. ``norm``: of T g over all tensors; ``ww``, ``aa``: sums of this one.
+
+    ``aa`` is that of what is perturbed: modes that ask for it have T = 1, so that it is the tensor's share in the norm.
+    """
     everywhere = rho / (norm + TINY)
     t = tl.sqrt(ww) + eta
     trust = tl.sqrt(ww) / (tl.sqrt(aa) + TINY)
@@ -145,25 +154,27 @@ def reduce_chunk(tables, chunk, FORM: tl.constexpr, TYPES: tl.constexpr):
             if (FORM.needs >> needs) & 1:
                 if wanted == needs:
                     if aligned:
-                        gradient_sums(tables, chunk, g, w, eta, needs, True, TYPES)
+                        gradient_sums(tables, chunk, g, w, eta, needs, FORM.renormalises, True, TYPES)
                     else:
-                        gradient_sums(tables, chunk, g, w, eta, needs, False, TYPES)
+                        gradient_sums(tables, chunk, g, w, eta, needs, FORM.renormalises, False, TYPES)
 
 
 @triton.jit
-def reduce_run(r, runs, tables, run_partials, filter_squares, n_runs, n_all_runs, TYPES: tl.constexpr):
+def reduce_run(
+    r, runs, tables, run_partials, filter_squares, n_runs, n_all_runs, FORM: tl.constexpr, TYPES: tl.constexpr
+):
     """Sums of a run of filters: many short ones, or a long one. Leaves T^2 of each for APPLY."""
     t, first = tl.load(runs + r), tl.load(runs + n_runs + r)
     n, at = tl.load(runs + 2 * n_runs + r), tl.load(runs + 3 * n_runs + r)
-    w, g = entry(tables, W, t), entry(tables, FIRST, t)
+    w, g, bits = entry(tables, W, t), entry(tables, FIRST, t), entry(tables, MASK, t)
     option = tables.numbers + group_of(tables, t) * N_OPTIONS
     climb, eta = tl.load(option + CLIMB).to(tl.int32), tl.load(option + ETA)
     filters, partial = filters_of(tables, filter_squares, t), run_partials + at
     if (g != 0) & (climb == FILTER) & (tl.load(option + PERTURBS) > 0):
         if n > 1:
-            filter_sums(w, g, eta, filters, first, n, partial, n_all_runs, 8, 128, TYPES)
+            filter_sums(w, g, bits, eta, filters, first, n, partial, n_all_runs, 8, 128, FORM.renormalises, TYPES)
         else:
-            filter_sums(w, g, eta, filters, first, n, partial, n_all_runs, 1, 1024, TYPES)
+            filter_sums(w, g, bits, eta, filters, first, n, partial, n_all_runs, 1, 1024, FORM.renormalises, TYPES)
 
 
 @triton.jit
@@ -181,8 +192,10 @@ def fold_tensors(tile, tables, run_partials, n_all_runs, FORM: tl.constexpr):
         tt = tl.where(by_filter, fold_runs(run_partials + n_all_runs, tables, t), tt)
     inv = inverse_scale(tables, FORM.scaled)
     aa, tt = aa * (inv * inv), tt * (inv * inv)
-    layer = tl.sqrt(ww) + eta
-    tt = tl.where((climb == ELEMENT) | (climb == FILTER), tt, tl.where(climb == LAYER, layer * layer * aa, aa))
+    layer, kept = tl.sqrt(ww) + eta, aa
+    if FORM.renormalises:
+        kept = tt
+    tt = tl.where((climb == ELEMENT) | (climb == FILTER), tt, tl.where(climb == LAYER, layer * layer * kept, kept))
     write_sums(tables, AA, t, tl.where(has_grad, aa, 0.0))
     write_sums(tables, WW, t, tl.where(has_grad & perturbs, ww, 0.0))
     write_sums(tables, TT, t, tl.where(has_grad & perturbs, tt, 0.0))
@@ -203,8 +216,13 @@ def totals(tables):
 
 
 @triton.jit
-def climb_block(w, g, saved, j, mask, scale, eta, moves, direction: tl.constexpr, TYPES: tl.constexpr):
-    """One block. Returns the old weights, the new ones and the rounded new ones, in the math dtype."""
+def climb_block(
+    w, g, saved, bits, j, mask, scale, eta, moves, direction: tl.constexpr, MASKED: tl.constexpr, TYPES: tl.constexpr
+):
+    """One block. Returns the old weights, the new ones and the rounded new ones, in the math dtype.
+
+    With ``MASKED`` entries whose bit is 0 stay as they are.
+    """
     old = read(w + j, mask)
     x, dx = old.to(TYPES.math), read(g + j, mask).to(TYPES.math)
     if direction == SIGNS:
@@ -213,7 +231,12 @@ def climb_block(w, g, saved, j, mask, scale, eta, moves, direction: tl.constexpr
         t = tl.abs(x) + eta
         dx = t * t * dx
     climbed = tl.where(moves, x + scale * dx, x)
-    rounded = round_to(climbed, old.dtype, TYPES)
+    if MASKED:
+        climbs = unmasked(bits, j, mask)
+        climbed = tl.where(climbs, climbed, x)
+        rounded = tl.where(climbs, round_to(climbed, old.dtype, TYPES), old)
+    else:
+        rounded = round_to(climbed, old.dtype, TYPES)
     tl.store(saved + j, old, mask=mask)
     tl.store(w + j, rounded, mask=mask)
     return x, climbed, rounded.to(TYPES.math)
@@ -236,10 +259,10 @@ def block_scale(scale, filters, lo, j, mask, direction: tl.constexpr, MATH: tl.c
 @triton.jit
 def climb_range(
     tables, chunk, w, g, saved, scale, eta, moves, filters,
-    direction: tl.constexpr, MEASURED: tl.constexpr, ALIGNED: tl.constexpr, TYPES: tl.constexpr,
+    direction: tl.constexpr, MASKED: tl.constexpr, MEASURED: tl.constexpr, ALIGNED: tl.constexpr, TYPES: tl.constexpr,
 ):  # fmt: skip
     """``saved = w; w += scale * direction`` on a chunk, and with ``MEASURED`` what its half-precision weights made of that."""
-    lo, n = chunk.lo, chunk.n
+    lo, n, bits = chunk.lo, chunk.n, bits_of_chunk(tables, chunk)
     w = elements(w, lo, TYPES.w, ALIGNED)
     g = elements(g, lo, TYPES.g, ALIGNED)
     saved = elements(saved, lo, TYPES.w, ALIGNED)
@@ -255,14 +278,14 @@ def climb_range(
     for i in range(n // SIZE):
         j = i * SIZE + o
         factor = block_scale(scale, filters, lo, j, None, direction, MATH)
-        x, climbed, rounded = climb_block(w, g, saved, j, None, factor, eta, moves, direction, TYPES)
+        x, climbed, rounded = climb_block(w, g, saved, bits, j, None, factor, eta, moves, direction, MASKED, TYPES)
         if MEASURED:
             moved_sq += lane_sums(rounded - x, rounded - x, LANE)
             moved_eps += lane_sums(rounded - x, climbed - x, LANE)
             eps_sq += lane_sums(climbed - x, climbed - x, LANE)
     j = n // SIZE * SIZE + o
     tail = block_scale(scale, filters, lo, j, j < n, direction, MATH)
-    x, climbed, rounded = climb_block(w, g, saved, j, j < n, tail, eta, moves, direction, TYPES)
+    x, climbed, rounded = climb_block(w, g, saved, bits, j, j < n, tail, eta, moves, direction, MASKED, TYPES)
     if MEASURED:  # entries beyond the end are zeros, and stay
         moved, eps = rounded - x, climbed - x
         write_partial(tables, MOVED_SQ, chunk, tl.sum(moved_sq + lane_sums(moved, moved, LANE), 0))
@@ -278,8 +301,8 @@ def apply_chunk(tables, chunk, filter_squares, outcome, FORM: tl.constexpr, TYPE
     option = tables.numbers + group * N_OPTIONS
     climb, eta = climb_of(option, tables, t), tl.load(option + ETA)
     rho = scalar(tables, FIRST_GROUP + group, tl.load(option + RHO))
-    ww, aa = read_sum(tables, WW, t), read_sum(tables, AA, t)
-    scale = climb_scale(climb, rho, eta, tl.load(option + TRUST_CLIP), ww, aa, outcome.norm)
+    ww, tt = read_sum(tables, WW, t), read_sum(tables, TT, t)
+    scale = climb_scale(climb, rho, eta, tl.load(option + TRUST_CLIP), ww, tt, outcome.norm)
     by_sign = (climb == SIGN) | (climb == LAYER_SIGN)
     scale = tl.where(by_sign, scale, scale * inverse_scale(tables, FORM.scaled))
     moves = outcome.finite & (tl.abs(scale) < float("inf"))
@@ -297,12 +320,14 @@ def apply_chunk(tables, chunk, filter_squares, outcome, FORM: tl.constexpr, TYPE
                 if wanted == direction:
                     if ((w | g | saved) & 15) == 0:
                         climb_range(
-                            tables, chunk, w, g, saved, scale, eta, moves, filters, direction, MEASURED, True, TYPES
-                        )
+                            tables, chunk, w, g, saved, scale, eta, moves, filters,
+                            direction, FORM.masked, MEASURED, True, TYPES,
+                        )  # fmt: skip
                     else:
                         climb_range(
-                            tables, chunk, w, g, saved, scale, eta, moves, filters, direction, MEASURED, False, TYPES
-                        )
+                            tables, chunk, w, g, saved, scale, eta, moves, filters,
+                            direction, FORM.masked, MEASURED, False, TYPES,
+                        )  # fmt: skip
 
 
 @triton.jit
@@ -341,8 +366,9 @@ def perturb_kernel(
 ):  # fmt: skip
     """Foret et al. 2021 (arXiv 2010.01412), eq. 2: ``saved = w; w += rho g / norm(g)``, and its relatives by mode.
 
-    Operands of a tensor: W (written), FIRST (the gradient), SAVED (written; 0: not perturbed). ``FORM``: ``Climbs``. A norm
-    that is not finite leaves ``w`` as it is. Writes all of ``report``. More than one phase in a launch: cooperative.
+    Operands of a tensor: W (written), FIRST (the gradient), SAVED (written; 0: not perturbed), MASK (bits, 0: none).
+    ``FORM``: ``Climbs``. A norm that is not finite leaves ``w`` as it is. Writes all of ``report``. More than one phase in a
+    launch: cooperative.
 
     Under a loss scale, sums are divided by it as they are folded: all that follows is as if ``g`` had been.
     """
@@ -354,7 +380,7 @@ def perturb_kernel(
         if (FORM.directions >> PER_FILTER) & 1:
             first_run, last_run = share(n_runs)
             for r in range(first_run, last_run):
-                reduce_run(r, runs, tables, run_partials, filter_squares, n_runs, n_all_runs, TYPES)
+                reduce_run(r, runs, tables, run_partials, filter_squares, n_runs, n_all_runs, FORM, TYPES)
     barrier_before(FOLD, PHASES, sem)
     if PHASES & FOLD:
         for tile in range(tl.program_id(0), tl.cdiv(n_tensors, FOLD_TENSORS), tl.num_programs(0)):

@@ -36,11 +36,13 @@ _DIRECTIONS = {
 }
 
 
-def form_of_climbs(climbs: Sequence[ClimbGroup], halves: bool, scaled: bool = False) -> Climbs:
+def form_of_climbs(
+    climbs: Sequence[ClimbGroup], halves: bool, scaled: bool = False, masked: bool = False, renormalises: bool = False
+) -> Climbs:
     """What occurs in a list. No option's value is in it: a radius that changes must not compile anything."""
     needs = {reduce.GRADIENT_ONLY, *(_NEEDS[group.climb] for group in climbs if group.climb in _NEEDS)}
     directions = {d for group in climbs for d in _DIRECTIONS.get(group.climb, (perturb.ALONG,))}
-    return Climbs(_bits(needs), _bits(directions), halves, scaled)
+    return Climbs(_bits(needs), _bits(directions), halves, scaled, masked, masked and renormalises)
 
 
 def _bits(places: Iterable[Any]) -> int:
@@ -95,7 +97,14 @@ class TritonPlan(ReferencePlan):
         self._slices_to_restore = self._tables.slices("restore", [(p.dtype,) for p in params])
         self._slots: dict[int, Tensor] = {}
 
-    def perturb(self, climbs: Sequence[ClimbGroup], keep: bool, report: Tensor, scaling: Scaling = UNSCALED) -> None:
+    def perturb(
+        self,
+        climbs: Sequence[ClimbGroup],
+        keep: bool,
+        report: Tensor,
+        scaling: Scaling = UNSCALED,
+        renormalise: bool = False,
+    ) -> None:
         tables = self._tables
         scalars = tables.scalars(
             "the climb", {**_step_scalars(scaling), "rho": [group.rho_on_device for group in climbs]}
@@ -106,9 +115,10 @@ class TritonPlan(ReferencePlan):
         self._bind_weights()
         tables.bind(common.FIRST, operands)
         tables.bind(common.SAVED, saved)
+        tables.bind(common.MASK, self._mask)
         numbers = tables.numbers("the climb", [value for group in climbs for value in group.numbers])
         halves = any(p.element_size() == 2 for p in self._params)
-        form = form_of_climbs(climbs, halves, _is_given(scaling))
+        form = form_of_climbs(climbs, halves, _is_given(scaling), bool(self._mask), renormalise)
         filters = any(group.climb == Climb.FILTER for group in climbs)
         squares = tables.filter_squares(filters)
 
@@ -123,7 +133,7 @@ class TritonPlan(ReferencePlan):
                     *(len(self._params), n_chunks, tables.n_chunks, n_runs, tables.n_runs),
                 ],
                 max(n_chunks, n_runs),
-                registers_for(part.dtypes, crowded=filters, scaled=form.scaled),
+                registers_for(part.dtypes, filters or form.renormalises, form.scaled, form.masked),
                 PHASES=phases,
                 FORM=form,
                 TYPES=types_of(*part.dtypes),

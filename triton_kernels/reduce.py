@@ -22,6 +22,7 @@ from .common import (
     NUMEL,
     TT,
     WW,
+    bits_of_chunk,
     constant,
     elements,
     entry,
@@ -29,6 +30,7 @@ from .common import (
     only_if,
     place,
     read,
+    unmasked,
     widened,
     write_partial,
 )
@@ -54,9 +56,16 @@ def filters_of(tables, filter_squares, t):
 
 
 @triton.jit
-def gradient_block(g, w, eta, j, mask, aa, ww, tt, needs: tl.constexpr, LANE: tl.constexpr, MATH: tl.constexpr):
+def gradient_block(
+    g, w, eta, bits, j, mask, aa, ww, tt,
+    needs: tl.constexpr, MASKED: tl.constexpr, LANE: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
     a = read(g + j, mask).to(MATH)
     aa += lane_sums(a, a, LANE)
+    if MASKED:
+        a = tl.where(unmasked(bits, j, mask), a, 0.0)
+        if needs != WEIGHED:
+            tt += lane_sums(a, a, LANE)
     if needs != GRADIENT_ONLY:
         x = read(w + j, mask).to(MATH)
         if needs == WITH_WEIGHTS:
@@ -68,8 +77,14 @@ def gradient_block(g, w, eta, j, mask, aa, ww, tt, needs: tl.constexpr, LANE: tl
 
 
 @triton.jit
-def gradient_sums(tables, chunk, g, w, eta, needs: tl.constexpr, ALIGNED: tl.constexpr, TYPES: tl.constexpr):
-    """Partial sums of a chunk of gradient: ``g^2``, and where the climb asks for it ``w^2`` or ``((|w| + eta) g)^2``."""
+def gradient_sums(
+    tables, chunk, g, w, eta, needs: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr, TYPES: tl.constexpr
+):
+    """Partial sums of a chunk of gradient: ``g^2``, and where the climb asks for it ``w^2`` or ``((|w| + eta) g)^2``.
+
+    With ``MASKED`` the latter, or ``g^2`` in its place, is over entries that are perturbed.
+    """
+    bits = bits_of_chunk(tables, chunk)
     g = elements(g, chunk.lo, TYPES.g, ALIGNED)
     w = elements(w, chunk.lo, TYPES.w, ALIGNED)
     BLOCK: tl.constexpr = TYPES.block
@@ -79,9 +94,9 @@ def gradient_sums(tables, chunk, g, w, eta, needs: tl.constexpr, ALIGNED: tl.con
     ww = tl.zeros((BLOCK // LANE,), tl.float64)
     tt = tl.zeros((BLOCK // LANE,), tl.float64)
     for i in range(chunk.n // BLOCK):  # unmasked: a mask of unknown length costs the 16-byte loads
-        aa, ww, tt = gradient_block(g, w, eta, i * BLOCK + o, None, aa, ww, tt, needs, LANE, TYPES.math)
+        aa, ww, tt = gradient_block(g, w, eta, bits, i * BLOCK + o, None, aa, ww, tt, needs, MASKED, LANE, TYPES.math)
     j = chunk.n // BLOCK * BLOCK + o
-    aa, ww, tt = gradient_block(g, w, eta, j, j < chunk.n, aa, ww, tt, needs, LANE, TYPES.math)
+    aa, ww, tt = gradient_block(g, w, eta, bits, j, j < chunk.n, aa, ww, tt, needs, MASKED, LANE, TYPES.math)
     write_partial(tables, AA, chunk, tl.sum(aa, 0))
     write_partial(tables, WW, chunk, tl.sum(ww, 0))
     write_partial(tables, TT, chunk, tl.sum(tt, 0))
@@ -119,10 +134,12 @@ def pair_sums(tables, chunk, a, b, ALIGNED: tl.constexpr, A_DT: tl.constexpr, B_
 
 @triton.jit
 def filter_sums(
-    w, g, eta, filters, first, n, partial, n_all_runs,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TYPES: tl.constexpr,
+    w, g, bits, eta, filters, first, n, partial, n_all_runs,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, TYPES: tl.constexpr,
 ):  # fmt: skip
     """Sums of ``g^2`` and ``(T g)^2`` over ``n`` <= ``ROWS`` neighbouring filters, and T^2 of each, T = norm(w_f) + eta.
+
+    With ``MASKED`` the second is over entries that are perturbed; T is of the whole filter.
 
     Entry e of filter f lies at ``(e / stride) * count * stride + f * stride + e % stride``: filters are dim-0 slices of a
     dense tensor in any order of dimensions.
@@ -133,6 +150,7 @@ def filter_sums(
     at = (first + row).to(tl.int64) * stride
     ww = tl.zeros((ROWS, COLUMNS), tl.float64)
     aa = tl.zeros((ROWS, COLUMNS), tl.float64)
+    kept = tl.zeros((ROWS, COLUMNS), tl.float64)
     for k in range(0, filters.per_filter, COLUMNS):
         e = k + tl.arange(0, COLUMNS)
         j = at[:, None] + (e // stride * (filters.count * stride) + e % stride)[None, :]
@@ -141,11 +159,17 @@ def filter_sums(
         a = widened(read(g + j, mask)).to(tl.float64)
         ww += x * x
         aa += a * a
+        if MASKED:
+            kept += tl.where(unmasked(bits, j, mask), a * a, 0.0)
     norm_sq = tl.sum(aa, 1)
+    if MASKED:
+        kept_sq = tl.sum(kept, 1)
+    else:
+        kept_sq = norm_sq
     t = tl.sqrt(tl.sum(ww, 1)) + eta
     tl.store(filters.squares + first + row, t * t, mask=row < n)
     tl.store(partial, tl.sum(norm_sq, 0))
-    tl.store(partial + n_all_runs, tl.sum(t * t * norm_sq, 0))
+    tl.store(partial + n_all_runs, tl.sum(t * t * kept_sq, 0))
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..reference import mask_bytes
 from ..tensors import is_capturing, same_layout
 from . import common
 
@@ -53,6 +54,7 @@ class DeviceTables:
         kinds = [kind_of(x.dtype) for x in tensors]
         places = [[*group, 0], [*kinds, 0], [0] * (n + 1), first_chunk, self._first_run]
         sizes = [numels, [count for count, _ in filters], [stride for _, stride in filters], first_filter[:-1]]
+        sizes += [_offsets(numels)[:-1], _offsets(map(mask_bytes, numels))[:-1]]
         self._addresses = [[0] * n for _ in range(common.N_ADDRESSES)]
         for row, bound in roles.items():
             self._addresses[int(row)] = self._row_of(bound)
@@ -103,6 +105,10 @@ class DeviceTables:
     def numbers(self, name: str, values: list[float]) -> Tensor:
         """A float64 table that is ``name``'s own, and changes with its values only."""
         return self._upload(f"options of {name}", values, torch.float64, f"options of {name} have changed")
+
+    def integers(self, name: str, values: list[int]) -> Tensor:
+        """The same in int64."""
+        return self._upload(f"counts of {name}", values, torch.int64, f"counts of {name} have changed")
 
     def scalars(self, name: str, tensors: Mapping[str, Sequence[Tensor | None]]) -> Tensor:
         """Addresses of the scalars in ``tensors``, one after another; their keys are for messages.

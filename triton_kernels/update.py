@@ -139,9 +139,9 @@ def reduce_chunk(tables, chunk, FORM: tl.constexpr, TYPES: tl.constexpr):
         eta = tl.full((), 0, TYPES.math)
         if g != 0:
             if (g & 15) == 0:
-                gradient_sums(tables, chunk, g, g, eta, GRADIENT_ONLY, True, TYPES)
+                gradient_sums(tables, chunk, g, g, eta, GRADIENT_ONLY, False, True, TYPES)
             else:
-                gradient_sums(tables, chunk, g, g, eta, GRADIENT_ONLY, False, TYPES)
+                gradient_sums(tables, chunk, g, g, eta, GRADIENT_ONLY, False, False, TYPES)
 
 
 @triton.jit
