@@ -43,6 +43,7 @@ def public_objects():
 PUBLIC = dict(public_objects())
 WITHOUT_EXAMPLE = {  # they are returned or subclassed, not called
     "samkern.NotBuiltError",
+    "samkern.optim.Mask",
     "samkern.optim.Perturbation",
     "samkern.optim.Reuse",
     "samkern.optim.Schedule",
@@ -141,15 +142,18 @@ ARROWS = {  # a module may import from the left of itself only
     "options": set(),
     "backends": set(),
     "batchnorm": set(),
+    "philox": set(),
+    "bitmask": {"reference"},
+    "reference_masks": {"philox", "reference"},
     "reference_plan": {"reference", "options", "tensors"},
-    "plan": {"backends", "options", "reference_plan"},
-    "ops": {"backends", "reference", "tensors"},
+    "plan": {"backends", "bitmask", "options", "reference_plan"},
+    "ops": {"backends", "bitmask", "reference", "reference_masks", "tensors"},
     "undisturbed": {"tensors"},
     "samples": {"undisturbed"},
     "fisher": {"ops", "reference", "samples", "tensors", "undisturbed"},
-    "optim": {"backends", "batchnorm", "options", "plan", "reference", "tensors"},
+    "optim": {"backends", "batchnorm", "bitmask", "fisher", "ops", "options", "plan", "reference", "tensors"},
     "sharpness": set(),
-    "demo": {"backends", "optim", "sharpness"},
+    "demo": {"backends", "fisher", "optim", "sharpness"},
 }
 
 
