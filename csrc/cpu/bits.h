@@ -38,6 +38,10 @@ inline uint32_t lowest_bits(int64_t n) { return n >= kWordBits ? ~uint32_t{0} : 
 // The bits of entries [at, at + n), from any `at`, of up to kBlock; what is left of the last word is 0.
 inline void load_bits(const Operand& bits, int64_t at, int64_t n, uint32_t* words) {
   const int64_t shift = at % kWordBits;
+  if (shift == 0 && n % kWordBits == 0) {
+    std::memcpy(words, static_cast<const char*>(bits.address) + at / 8, static_cast<size_t>(n / 8));
+    return;
+  }
   for (int64_t i = 0; i < n; i += kWordBits) {
     uint64_t pair = load_word(bits, at + i);
     // The next word is there if an entry of this block has its bit in it.
