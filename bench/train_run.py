@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import time
 from collections.abc import Callable
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, Optimizer
+from torch.utils.data import Dataset
 
 import samkern
+from samkern import SampleLosses
 from samkern.backends import resolve
 
 from . import cifar, nets
@@ -69,27 +72,49 @@ class Setting:
     def steps_per_epoch(self) -> int:
         return self.images // self.batch
 
+    @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
     def lr_factor(self, step: int) -> float:
         """Share of ``lr`` in step ``step``, counted from 0."""
-        warm_up, total = round(self.warm_up * self.steps_per_epoch), self.epochs * self.steps_per_epoch
+        warm_up, total = round(self.warm_up * self.steps_per_epoch), self.total_steps
         if step < warm_up:
             return (step + 1) / warm_up
         return 0.5 + 0.5 * math.cos(math.pi * (step - warm_up) / max(1, total - warm_up))
 
 
-def make_optimizer(entry: Entry, setting: Setting, model: nn.Module) -> Optimizer:
-    """SGD with momentum, or ``entry``'s method around it.
+def make_optimizer(entry: Entry, setting: Setting, model: nn.Module, data: cifar.Cifar | None = None) -> Optimizer:
+    """SGD with momentum, or ``entry``'s method around it. ``data``: for methods that ask for losses of single samples.
 
     Raises:
         ValueError, TypeError: an option is unknown or out of range.
     """
-    base = {"lr": setting.lr, "momentum": setting.momentum, "weight_decay": setting.weight_decay}
+    base: dict[str, Any] = {"lr": setting.lr, "momentum": setting.momentum, "weight_decay": setting.weight_decay}
     make = methods()[entry.method]
     if make is SGD:
         # The fastest SGD that torch has is what the others' time is compared with.
         fused = next(model.parameters()).is_cuda
         return SGD(model.parameters(), **{"fused": fused, **base, **entry.options})
+    asked = inspect.signature(make).parameters
+    if "total_steps" in asked:
+        base["total_steps"] = setting.total_steps
+    if "sample_losses" in asked and data is not None and entry.options.get("fisher", "sample") == "sample":
+        base["sample_losses"] = SampleLosses(model, functional.cross_entropy, Normalised(data))
     return make(model.parameters(), SGD, model=model, **{**base, **entry.options})
+
+
+class Normalised(Dataset[tuple[Tensor, Tensor]]):
+    """The training images as the net sees them, without augmentation."""
+
+    def __init__(self, data: cifar.Cifar) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data.train_y)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.data.normalised(self.data.train_x[i : i + 1])[0], self.data.train_y[i]
 
 
 class Run:
@@ -100,7 +125,7 @@ class Run:
         torch.manual_seed(seed)
         self.net = nets.resnet18(setting.width).to(device, memory_format=torch.channels_last)
         self.forward = torch.compile(self.net) if setting.compiled else self.net
-        self.opt = make_optimizer(entry, setting, self.net)
+        self.opt = make_optimizer(entry, setting, self.net, data)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.opt, setting.lr_factor)
         self.seconds, self.pairs = 0.0, 0
         self.rows: list[Row] = []
