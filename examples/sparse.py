@@ -1,4 +1,4 @@
-"""SSAM-F: half of the weights of a convolutional net are perturbed, those with the most Fisher information; biases and norms always."""
+"""SSAM-F: perturbs half of the weights of a convolutional net, those with the most Fisher information; biases and norms always."""
 
 import torch
 from torch import nn
