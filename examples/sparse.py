@@ -1,4 +1,4 @@
-"""SSAM-F: perturbs half of the weights of a convolutional net, those with the most Fisher information; biases and norms always."""
+"""SSAM-F: perturbs half of the weights of a convolutional net, those with the most Fisher information; all biases and norms."""
 
 import torch
 from torch import nn
