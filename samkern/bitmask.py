@@ -54,7 +54,9 @@ class BitMask:
 
     def unpack(self) -> list[Tensor]:
         """Bool tensors of the shapes."""
-        return [unpack_bits(part, shape.numel()).view(shape) for part, shape in zip(self.parts(), self.shapes, strict=True)]
+        return [
+            unpack_bits(part, shape.numel()).view(shape) for part, shape in zip(self.parts(), self.shapes, strict=True)
+        ]
 
     def count(self) -> int:
         """The number of ones. Reads the device."""
