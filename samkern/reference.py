@@ -180,8 +180,8 @@ def perturb(
 ) -> None:
     """``saved = w; w += scale * f`` with f = g, ``sign(g)``, or ``T^2 g`` ("element", "filter").
 
-    A scale that is not finite leaves ``w`` as it is, and a zero of ``mask`` (bits over ``w``) the entry. Foret et al. 2021 (arXiv 2010.01412), eq. 2; T: Kwon et al. 2021
-    (arXiv 2102.11600), eq. 4.
+    A scale that is not finite leaves ``w`` as it is, and a zero of ``mask`` (bits over ``w``) the entry. Foret et al. 2021
+    (arXiv 2010.01412), eq. 2; T: Kwon et al. 2021 (arXiv 2102.11600), eq. 4.
     """
     scales, masks = scale.expand(len(w)), masks_like(mask, w)
     for i, (x, dx, old) in enumerate(zip(w, g, saved, strict=True)):

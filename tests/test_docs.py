@@ -36,7 +36,7 @@ def public_objects():
         for name in owner.__all__:
             yield f"{owner.__name__}.{name}", getattr(owner, name)
     for name, value in inspect.getmembers(samkern.ops, inspect.isfunction):
-        if not name.startswith("_") and value.__module__ == "samkern.ops":
+        if not name.startswith("_") and value.__module__.startswith("samkern.ops"):
             yield f"samkern.ops.{name}", value
 
 
@@ -143,7 +143,10 @@ ARROWS = {  # a module may import from the left of itself only
     "batchnorm": set(),
     "reference_plan": {"reference", "options", "tensors"},
     "plan": {"backends", "options", "reference_plan"},
-    "ops": {"backends", "reference", "tensors"},
+    "philox": set(),
+    "reference_masks": {"philox", "reference"},
+    "bitmask": {"reference"},
+    "ops": {"backends", "bitmask", "reference", "reference_masks", "tensors"},
     "optim": {"backends", "batchnorm", "options", "plan", "reference", "tensors"},
     "sharpness": set(),
     "demo": {"backends", "optim", "sharpness"},

@@ -7,6 +7,7 @@ import torch
 
 from samkern import ops
 from samkern.backends import native
+from samkern.ops import dispatch
 
 from .lists import FP64, clones, random_list, same_bits, scalar
 
@@ -24,9 +25,16 @@ def samples():
     yield "norms", (w, [], []), {}
     yield "perturb_", (w, g, v, torch.rand(4, dtype=FP64)), {"direction": "element", "eta": 0.1}
     yield "perturb_", (w, g, v, scalar(0.1)), {"direction": "filter", "eta": 0.1}
+    bits = ops.random_mask(w, 70_000, backend="cpu").bits
+    yield "norms", (w, g, c, "filter", 0.1, bits), {}
+    yield "perturb_", (w, g, v, scalar(0.1)), {"mask": bits}
     yield "restore_", (w, g), {}
     yield "decompose_", (c, g, v, scalar(0.5), torch.zeros(5, dtype=FP64)), {}
     yield "combine_", (c, g, v, scalar(0.5), scalar(2.0)), {}
+    yield "topk_mask_", (g, 40_000, bits, torch.zeros((), dtype=torch.int64)), {}
+    yield "drop_grow_mask_", (bits, g, 500, 1, 2), {"regrow": False, "skip": torch.tensor(False)}
+    yield "drop_grow_mask_", (bits, g, 500, -1, 2, False), {}
+    yield "fisher_accumulate_", (c, g, 0.9, 0.1), {"scale": scalar(0.5), "skip": torch.tensor(False)}
     yield "update_sgd_", (w, g, v, [], []), {"lr": 0.1, "momentum": 0.9}
     yield "update_sgd_", (w, g, v, *parts), {"lr": 0.1, "momentum": 0.9, "first": torch.tensor(True)}
     yield "update_adam_", (w, g, v, [x.abs() for x in c], step, [], []), ADAM
@@ -45,9 +53,7 @@ def test_opcheck(name, args, kwargs):
 
 
 def test_every_op_is_sampled():
-    assert {name for name, _, _ in SAMPLES} == {op for op in dir(torch.ops.samkern) if op in ops._OPS.values()} | {
-        "decompose_"
-    }
+    assert {name for name, _, _ in SAMPLES} == {*dispatch._OPS.values(), "decompose_"}
 
 
 def test_opcheck_finds_an_undeclared_write():
@@ -86,6 +92,15 @@ def test_ops_in_a_compiled_region():
         ("must be float64 with 1 or 1 entries", lambda op, w: op.perturb_([w], [w], [w.clone()], torch.ones(3))),
         ("needs both coefficients", lambda op, w: op.update_sgd_([w], [w], [], [], [w], lr=0.1)),
         ("expected gradient, sign", lambda op, w: op.perturb_([w], [w], [w.clone()], scalar(1), "up")),
+        (
+            r"mask must be contiguous uint8 with 4 entries",
+            lambda op, w: op.norms([w], [], [], mask=torch.zeros(5).byte()),
+        ),
+        ("bits must be contiguous uint8", lambda op, w: op.topk_mask_([w], 1, torch.zeros(4), torch.tensor(0))),
+        ("n_nan must be one int64", lambda op, w: op.topk_mask_([w], 1, torch.zeros(4).byte(), torch.zeros(1))),
+        (r"k must be in \[0, 6\]", lambda op, w: op.topk_mask_([w], 7, torch.zeros(4).byte(), torch.tensor(0))),
+        ("must be contiguous, got", lambda op, w: op.drop_grow_mask_(torch.zeros(4).byte(), [w.t()], 1, 0, 0)),
+        ("t must be in", lambda op, w: op.drop_grow_mask_(torch.zeros(4).byte(), [w], 1, 0, -1)),
         ("must have one entry", lambda op, w: op.update_adam_([w], [w], [w], [w], [w], [], [], **ADAM)),
     ],
 )

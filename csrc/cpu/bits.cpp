@@ -5,32 +5,35 @@
 namespace samkern::cpu {
 namespace {
 
-// A test against constants: not every instruction set shifts lanes by different numbers.
-template <typename T>
-SAMKERN_INLINE bool has_bit(uint32_t word, int64_t i) {
-  return (static_cast<math::KeyOf<T>>(word) & (math::KeyOf<T>{1} << i)) != 0;
-}
-
+// Both values are read before one is chosen: a load on a condition would be a branch, or a masked one.
 template <typename T>
 SAMKERN_INLINE void choose_lanes(const uint32_t* words, int64_t n, const T* a, const T* b, T* chosen) {
+  using Key = math::KeyOf<T>;
   int64_t i = 0;
   for (; i + kWordBits <= n; i += kWordBits) {
-    const uint32_t word = words[i / kWordBits];
+    const Key word = words[i / kWordBits];
     SAMKERN_VECTORIZE
-    for (int64_t l = 0; l < kWordBits; ++l) chosen[i + l] = has_bit<T>(word, l) ? a[i + l] : b[i + l];
+    for (int l = 0; l < kWordBits; ++l) {
+      const T x = a[i + l], y = b[i + l];
+      chosen[i + l] = (word & kLaneBits<Key>.at[l]) != 0 ? x : y;
+    }
   }
-  for (int64_t l = 0; i + l < n; ++l) chosen[i + l] = has_bit<T>(words[i / kWordBits], l) ? a[i + l] : b[i + l];
+  for (int l = 0; i + l < n; ++l) chosen[i + l] = (words[i / kWordBits] >> l & 1) != 0 ? a[i + l] : b[i + l];
 }
 
 template <typename T>
 SAMKERN_INLINE void choose_lanes_or_zero(const uint32_t* words, int64_t n, const T* a, T* chosen) {
+  using Key = math::KeyOf<T>;
   int64_t i = 0;
   for (; i + kWordBits <= n; i += kWordBits) {
-    const uint32_t word = words[i / kWordBits];
+    const Key word = words[i / kWordBits];
     SAMKERN_VECTORIZE
-    for (int64_t l = 0; l < kWordBits; ++l) chosen[i + l] = has_bit<T>(word, l) ? a[i + l] : T{0};
+    for (int l = 0; l < kWordBits; ++l) {
+      const T x = a[i + l];
+      chosen[i + l] = (word & kLaneBits<Key>.at[l]) != 0 ? x : T{0};
+    }
   }
-  for (int64_t l = 0; i + l < n; ++l) chosen[i + l] = has_bit<T>(words[i / kWordBits], l) ? a[i + l] : T{0};
+  for (int l = 0; i + l < n; ++l) chosen[i + l] = (words[i / kWordBits] >> l & 1) != 0 ? a[i + l] : T{0};
 }
 
 }  // namespace

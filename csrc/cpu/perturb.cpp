@@ -7,22 +7,55 @@
 namespace samkern::cpu {
 namespace {
 
+// Directions, as what becomes of one entry.
 template <typename T>
-SAMKERN_CLONES void climb_range(const T* w, const T* g, int64_t n, T scale, T* climbed) {
-  SAMKERN_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) climbed[i] = math::climb(w[i], g[i], scale);
-}
+struct Along {
+  T scale;
+  SAMKERN_INLINE T operator()(T w, T g) const { return math::climb(w, g, scale); }
+};
 
 template <typename T>
-SAMKERN_CLONES void climb_sign_range(const T* w, const T* g, int64_t n, T scale, T* climbed) {
-  SAMKERN_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) climbed[i] = math::climb_sign(w[i], g[i], scale);
-}
+struct AlongSign {
+  T scale;
+  SAMKERN_INLINE T operator()(T w, T g) const { return math::climb_sign(w, g, scale); }
+};
 
 template <typename T>
-SAMKERN_CLONES void climb_element_range(const T* w, const T* g, int64_t n, T scale, T eta, T* climbed) {
+struct AlongElement {
+  T scale, eta;
+  SAMKERN_INLINE T operator()(T w, T g) const { return math::climb_element(w, g, scale, eta); }
+};
+
+template <typename T, typename Direction>
+SAMKERN_CLONES void climb_range(const T* w, const T* g, int64_t n, Direction direction, T* climbed) {
   SAMKERN_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) climbed[i] = math::climb_element(w[i], g[i], scale, eta);
+  for (int64_t i = 0; i < n; ++i) climbed[i] = direction(w[i], g[i]);
+}
+
+// Where a bit is 0, w stays.
+template <typename T, typename Direction>
+SAMKERN_CLONES void climb_masked_range(const T* w, const T* g, const uint32_t* words, int64_t n, Direction direction,
+                                       T* climbed) {
+  using Key = math::KeyOf<T>;
+  int64_t i = 0;
+  for (; i + kWordBits <= n; i += kWordBits) {
+    const Key word = words[i / kWordBits];
+    SAMKERN_VECTORIZE
+    for (int l = 0; l < kWordBits; ++l) {
+      const T old = w[i + l], moved = direction(old, g[i + l]);
+      climbed[i + l] = (word & kLaneBits<Key>.at[l]) != 0 ? moved : old;
+    }
+  }
+  for (int l = 0; i + l < n; ++l) {
+    const T old = w[i + l];
+    climbed[i + l] = (words[i / kWordBits] >> l & 1) != 0 ? direction(old, g[i + l]) : old;
+  }
+}
+
+template <typename T, typename Direction>
+void climb_through(const uint32_t* words, const T* w, const T* g, int64_t n, Direction direction, T* climbed) {
+  if (words == nullptr) return climb_range(w, g, n, direction, climbed);
+  climb_masked_range(w, g, words, n, direction, climbed);
 }
 
 // Filter-wise: the scale changes with every run of `stride` elements. T_f^2 is applied in double and rounded once.
@@ -39,22 +72,28 @@ void climb_filters(const PlanView& plan, int32_t tensor, int64_t at, const T* w,
     if (is_short) {
       for (int64_t i = done; i < done + step; ++i) climbed[i] = math::climb(w[i], g[i], scale_f);
     } else {
-      climb_range(w + done, g + done, step, scale_f, climbed + done);
+      climb_range(w + done, g + done, step, Along<T>{scale_f}, climbed + done);
     }
     done += step;
   }
 }
 
+// `words`: the bits of a mask, or null. `climbed` may be w.
 template <typename T>
 void climb_block(const PlanView& plan, const ClimbGroup& group, double scale, int32_t tensor, int64_t at, const T* w,
-                 const T* g, int64_t n, T* climbed) {
+                 const T* g, const uint32_t* words, int64_t n, T* climbed) {
+  const T s = static_cast<T>(scale);
   switch (climb_of(group, plan.filters[tensor])) {
-    case Climb::kElement:
-      return climb_element_range(w, g, n, static_cast<T>(scale), static_cast<T>(group.eta), climbed);
-    case Climb::kFilter: return climb_filters(plan, tensor, at, w, g, n, scale, group.eta, climbed);
+    case Climb::kElement: return climb_through(words, w, g, n, AlongElement<T>{s, static_cast<T>(group.eta)}, climbed);
+    case Climb::kFilter: {
+      if (words == nullptr) return climb_filters(plan, tensor, at, w, g, n, scale, group.eta, climbed);
+      T all[kBlock];  // filters and words do not begin at the same places
+      climb_filters(plan, tensor, at, w, g, n, scale, group.eta, all);
+      return choose(words, n, all, w, climbed);
+    }
     case Climb::kSign:
-    case Climb::kLayerSign: return climb_sign_range(w, g, n, static_cast<T>(scale), climbed);
-    default: return climb_range(w, g, n, static_cast<T>(scale), climbed);
+    case Climb::kLayerSign: return climb_through(words, w, g, n, AlongSign<T>{s}, climbed);
+    default: return climb_through(words, w, g, n, Along<T>{s}, climbed);
   }
 }
 
@@ -83,6 +122,7 @@ void perturb_chunk(const PlanView& plan, const ClimbGroup& group, double scale, 
   const Operand& mask = plan.mask[chunk.tensor];
   const bool half = size_of(w.dtype) == 2;
   double realised[kNRealised] = {};
+  uint32_t words[kBlockWords];
   T buffer_w[kBlock], buffer_g[kBlock], buffer_climbed[kBlock], rounded[kBlock];
   for (int64_t at = chunk.at; at < chunk.at + chunk.n; at += kBlock) {
     const int64_t n = std::min(kBlock, chunk.at + chunk.n - at);
@@ -90,13 +130,9 @@ void perturb_chunk(const PlanView& plan, const ClimbGroup& group, double scale, 
     if (!std::isfinite(scale)) continue;
     const T* values = read(w, at, n, buffer_w);
     T* climbed = target(w, at, buffer_climbed);
-    T* unmasked = mask.address != nullptr ? buffer_climbed : climbed;  // values may be where climbed is
-    climb_block(plan, group, scale, chunk.tensor, at, values, read(first, at, n, buffer_g), n, unmasked);
-    if (mask.address != nullptr) {
-      uint32_t words[kBlockWords];
-      load_bits(mask, at, n, words);
-      choose(words, n, unmasked, values, climbed);
-    }
+    if (mask.address != nullptr) load_bits(mask, at, n, words);
+    climb_block(plan, group, scale, chunk.tensor, at, values, read(first, at, n, buffer_g),
+                mask.address != nullptr ? words : nullptr, n, climbed);
     write(w, at, n, climbed);
     if (half) add_realised(values, climbed, read(w, at, n, rounded), n, realised);
   }

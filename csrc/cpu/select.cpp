@@ -67,9 +67,9 @@ SAMKERN_CLONES void digits_range(const Key* keys, const uint32_t* words, int64_t
                                  int shift, Key digit_mask, uint16_t* __restrict digits) {
   for (int64_t w = 0; w < n_words; ++w) {
     const Key word = words[w];
-    for (int64_t l = 0; l < kWordBits; ++l) {
+    for (int l = 0; l < kWordBits; ++l) {
       const Key key = keys[w * kWordBits + l];
-      const bool counts = (key & known) == prefix && (word & (Key{1} << l)) != 0;
+      const bool counts = (key & known) == prefix && (word & kLaneBits<Key>.at[l]) != 0;
       const Key digit = counts ? (key >> shift) & digit_mask : static_cast<Key>(kDigits + l % kElsewhere);
       digits[w * kWordBits + l] = static_cast<uint16_t>(digit);
     }
@@ -91,8 +91,8 @@ SAMKERN_CLONES void compare_range(const Key* keys, int64_t n_words, Key known, K
     uint32_t a = 0, e = 0;
     for (int l = 0; l < kWordBits; ++l) {
       const Key key = keys[w * kWordBits + l];
-      a |= key > highest ? uint32_t{1} << l : 0;
-      e |= (key & known) == prefix ? uint32_t{1} << l : 0;
+      a |= key > highest ? kLaneBits<uint32_t>.at[l] : 0;
+      e |= (key & known) == prefix ? kLaneBits<uint32_t>.at[l] : 0;
     }
     above[w] = a;
     equal[w] = e;
