@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -83,7 +82,12 @@ of_one_dtype = st.builds(
     st.lists(st.tuples(st.integers(0, 70), any_kind), min_size=1, max_size=4),
 )
 share = st.sampled_from([0.0, 1.0, 0.5]) | st.floats(0, 1)
-searched = partial(settings, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def searched(max_examples):
+    """Settings of a search: in Triton's interpreter an example takes a quarter of a second."""
+    n = max_examples // 10 if in_interpreter() else max_examples
+    return settings(max_examples=n, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def usual_only(backend, parts) -> list:

@@ -132,7 +132,7 @@ def growth_key(keys, j):
 def key_block(keys, j, mask, FORM: tl.constexpr):
     """Keys of a block, and where there is a NaN."""
     if FORM.what == GROW:
-        return growth_key(keys, j), None
+        return growth_key(keys, j), tl.full(j.shape, 0, tl.int1)
     else:
         x = widened(read(keys.scores + j, mask))
         if FORM.key == tl.uint64:
