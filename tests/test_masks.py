@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -133,7 +134,7 @@ def test_every_half_has_its_place(fast):
         scores = [values.to(torch.int16).view(dtype)]
         if fast == "triton" and in_interpreter():
             scores = [scores[0][scores[0].abs() >= torch.finfo(dtype).tiny]]
-        for k in (1, 10, 1000, scores[0].numel() // 2):
+        for k in (1, 10, scores[0].numel() // 3, scores[0].numel() // 2):
             mask = ops.topk_mask(scores, k, nan="last", backend=fast)
             assert mask.bits.tolist() == expected_bits(oracle.top_k(flat(scores), k), scores)
 
