@@ -83,7 +83,12 @@ of_one_dtype = st.builds(
     st.lists(st.tuples(st.integers(0, 70), any_kind), min_size=1, max_size=4),
 )
 share = st.sampled_from([0.0, 1.0, 0.5]) | st.floats(0, 1)
-searched = partial(settings, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def searched(max_examples):
+    """Settings of a search: in Triton's interpreter an example takes a quarter of a second."""
+    n = max_examples // 10 if in_interpreter() else max_examples
+    return settings(max_examples=n, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def usual_only(backend, parts) -> list:
@@ -129,7 +134,7 @@ def test_every_half_has_its_place(fast):
         scores = [values.to(torch.int16).view(dtype)]
         if fast == "triton" and in_interpreter():
             scores = [scores[0][scores[0].abs() >= torch.finfo(dtype).tiny]]
-        for k in (1, 10, 1000, scores[0].numel() // 2):
+        for k in (1, 10, scores[0].numel() // 3, scores[0].numel() // 2):
             mask = ops.topk_mask(scores, k, nan="last", backend=fast)
             assert mask.bits.tolist() == expected_bits(oracle.top_k(flat(scores), k), scores)
 

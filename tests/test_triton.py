@@ -109,6 +109,7 @@ USUAL = [
     "list_perturb-gradient-float32-masked",
     "histogram-TOP-float32-first",
     "histogram-DROP-bfloat16",
+    "histogram-GROW",
     "mark-TOP-float32",
     "settle-DROP-float32",
     "settle-GROW",
@@ -142,9 +143,10 @@ def test_nothing_spills(compiled):
     """By the cubin's own account. As many registers as the launch counts on, or its programs are not all resident.
 
     8 bytes are one number that Triton 3.6 parks for sm_90 while a launch reduces or a chunk begins, outside of its loops.
-    Beside a histogram, for which it takes a register for every 32 bins, it parks 16.
+    Beside a histogram, for which it takes a register for every 32 bins, and in masked climbs by filter it parks 16.
     """
-    assert [fact for fact in compiled if fact["stack"] > (16 if fact["name"].startswith("histogram") else 8)] == []
+    crowded = ("histogram", "perturb-FILTER")
+    assert [fact for fact in compiled if fact["stack"] > (16 if fact["name"].startswith(crowded) else 8)] == []
     assert [fact for fact in compiled if fact["registers"] > fact["limit"]] == []
     lean = [fact for fact in compiled if fact["name"] in LEAN]
     assert len(lean) == 2 * len(LEAN)

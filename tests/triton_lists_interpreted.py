@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from samkern import ops, reference
+from samkern.ops import dispatch
 
 from .lists import (
     BF16,
@@ -299,7 +300,7 @@ def test_nothing_is_read_back(monkeypatch):
 
 def test_the_compiler_takes_the_reference(monkeypatch):
     """Which inductor fuses."""
-    taken = functools.partial(ops._implementation, "restore", "triton", reads={}, writes={"w": [torch.ones(2)]})
+    taken = functools.partial(dispatch.implementation, "restore", "triton", reads={}, writes={"w": [torch.ones(2)]})
     assert taken().__module__ == "samkern.triton_kernels.ops"
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert taken() is reference.restore

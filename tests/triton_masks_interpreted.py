@@ -215,16 +215,15 @@ def test_masked_half_steps(mode, renormalise):
         assert i == 4 or same_bits([x[~bits]], [old[~bits]])
 
 
-@pytest.mark.parametrize("mode", [Climb.ELEMENT, Climb.FILTER, Climb.TRUST], ids=lambda mode: mode.name.lower())
+@pytest.mark.parametrize("mode", [Climb.FILTER, Climb.TRUST], ids=lambda mode: mode.name.lower())
 def test_a_mask_of_ones_is_none(mode):
     """And of zeros lets nothing move, whatever its gradient is."""
     w, g = lists_of([BF16], 2)
     group = ClimbGroup(mode, 0.3, 0.01, 0.5)
     dense, report = climb(TritonPlan, w, g, None, group)
-    for renormalise in (False, True):
-        masked, masked_report = climb(TritonPlan, w, g, random_mask(w, 1.1), group, renormalise)
-        assert same_bits(dense, masked)
-        assert same_bits([report], [masked_report])
+    masked, masked_report = climb(TritonPlan, w, g, random_mask(w, 1.1), group, renormalise=True)
+    assert same_bits(dense, masked)
+    assert same_bits([report], [masked_report])
     still, _ = climb(TritonPlan, w, g, random_mask(w, -1.0), group)
     assert same_bits(still, w)
 

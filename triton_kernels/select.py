@@ -97,8 +97,10 @@ def order_key(x, KEY: tl.constexpr):
     """Unsigned keys in the order of the numbers: NaN is below everything, -0 is 0."""
     bits = x.to(KEY, bitcast=True)
     sign = tl.full((), 1, KEY) << (KEY.primitive_bitwidth - 1)
-    key = tl.where((bits & sign) != 0, ~bits, bits | sign)
-    key = tl.where((bits & (sign - 1)) == 0, sign, key)
+    rest = sign - 1
+    # `^`, since the interpreter of Triton 3.6 has no `~` of unsigned numbers.
+    key = tl.where((bits & sign) != 0, bits ^ (sign | rest), bits | sign)
+    key = tl.where((bits & rest) == 0, sign, key)
     return tl.where(x != x, 0, key)
 
 
@@ -107,7 +109,8 @@ def smallness_key(x, KEY: tl.constexpr):
     """The same in the order of ``-|x|``."""
     bits = x.to(KEY, bitcast=True)
     sign = tl.full((), 1, KEY) << (KEY.primitive_bitwidth - 1)
-    return tl.where(x != x, 0, ~(bits & (sign - 1)))
+    rest = sign - 1
+    return tl.where(x != x, 0, (bits & rest) ^ (sign | rest))
 
 
 @triton.jit
@@ -129,7 +132,7 @@ def growth_key(keys, j):
 def key_block(keys, j, mask, FORM: tl.constexpr):
     """Keys of a block, and where there is a NaN."""
     if FORM.what == GROW:
-        return growth_key(keys, j), None
+        return growth_key(keys, j), tl.full(j.shape, 0, tl.int1)
     else:
         x = widened(read(keys.scores + j, mask))
         if FORM.key == tl.uint64:
