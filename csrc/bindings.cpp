@@ -185,6 +185,8 @@ class Plan {
                         "the mask of parameter ", index, " must be contiguous uint8 with ", n_bytes, " entries on ",
                         params_[index].device(), ", got ", bits->scalar_type(), " ", bits->sizes(), " on ",
                         bits->device());
+      TORCH_CHECK_VALUE(begins_a_word(bits->const_data_ptr()), "the mask of parameter ", index,
+                        " must begin at a multiple of 4 bytes; pass a copy");
     }
     mask_.at(index) = bits.value_or(Tensor());
   }

@@ -51,6 +51,7 @@ class Call {
                       bits.sizes());
     check_device(bits, name);
     auto* next = static_cast<uint8_t*>(bits.mutable_data_ptr());
+    TORCH_CHECK_VALUE(begins_a_word(next), name, " must begin at a multiple of 4 bytes; pass a copy");
     for (size_t t = 0; t < like_.size(); ++t) {
       row[t] = {next, Dtype::kFloat32};
       next += mask_bytes(like_[t].numel());

@@ -21,6 +21,7 @@ SAMKERN_INLINE constexpr int64_t size_of(Dtype dtype) {
 
 // Bits of a mask over n entries take whole words.
 SAMKERN_INLINE constexpr int64_t mask_bytes(int64_t n) { return (n + 31) / 32 * 4; }
+inline bool begins_a_word(const void* bits) { return reinterpret_cast<uintptr_t>(bits) % 4 == 0; }
 
 // The storage of one tensor in one role. No address: this tensor plays no such role in this call.
 struct Operand {

@@ -695,3 +695,14 @@ def test_masks_that_do_not_fit_a_plan(backend):
     for bad in (torch.zeros(3, dtype=torch.uint8), torch.zeros(4), torch.zeros(8, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="the mask of parameter 1 must be"):
             plan.bind_mask(1, bad)
+
+
+def test_bits_that_begin_within_a_word_are_refused(fast):
+    """Kernels read words of 4 bytes."""
+    if fast == "triton":
+        pytest.skip("it reads bytes")
+    w, bits = [torch.ones(40)], torch.zeros(12, dtype=torch.uint8)
+    mask = BitMask(bits[1:9], (w[0].shape,))
+    with pytest.raises(ValueError, match="multiple of 4 bytes"):
+        ops.perturb(w, [torch.ones(40)], [torch.ones(40)], 0.1, mask=mask, backend=fast)
+    assert torch.equal(w[0], torch.ones(40))
