@@ -1,6 +1,6 @@
 // The passes as list ops: schemas that say what they write, and their implementation on the CPU and on a GPU. Scalars
 // that a reduction computed come in as tensors (float64, one per tensor of the list, or 0-d for all), so that nothing
-// has to be read back. samkern/ops.py checks arguments and has the fakes; what is checked here keeps a direct call from
+// has to be read back. samkern/ops checks arguments and has the fakes; what is checked here keeps a direct call from
 // touching foreign memory.
 #include <torch/library.h>
 

@@ -20,7 +20,7 @@ bool is_supported(at::ScalarType dtype);
 bool same_layout(const at::Tensor& a, const at::Tensor& b);
 
 // Whether list ops take these lists as they are: equally long, shapes of the first, on the device of the first,
-// supported dtypes; those that are written also dense and in the first one's layout. A quick yes; samkern/ops.py finds
+// supported dtypes; those that are written also dense and in the first one's layout. A quick yes; samkern/ops finds
 // out what is wrong.
 bool lists_fit(const std::vector<std::vector<at::Tensor>>& lists, size_t n_written);
 

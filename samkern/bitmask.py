@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .reference import mask_bytes, pack_bits, unpack_bits
+from .reference import mask_bytes, memory_order, pack_bits, unpack_bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +77,11 @@ class BitMask:
         """The bits of each tensor: parts of ``bits``, not copies."""
         return list(torch.split(self.bits, [mask_bytes(shape.numel()) for shape in self.shapes]))
 
+    def inverted(self) -> BitMask:
+        """Zeros for ones, and ones for zeros."""
+        everything = [pack_bits(torch.ones(x.numel(), dtype=torch.bool, device=self.bits.device)) for x in self.shapes]
+        return BitMask(torch.cat(everything) ^ self.bits, self.shapes) if everything else self
+
     def clone(self) -> BitMask:
         """A copy."""
         return BitMask(self.bits.clone(), self.shapes)
@@ -88,12 +93,8 @@ class BitMask:
     def in_layout_of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The bits of each tensor in the order of its memory: the same but for layouts that are not row-major."""
         return [
-            part if x.is_contiguous() else pack_bits(_in_memory_order(unpack_bits(part, x.numel()).view(x.shape), x))
+            part
+            if x.is_contiguous()
+            else pack_bits(unpack_bits(part, x.numel()).view(x.shape).permute(memory_order(x)).flatten())
             for part, x in zip(self.parts(), tensors, strict=True)
         ]
-
-
-def _in_memory_order(x: Tensor, like: Tensor) -> Tensor:
-    """Entries of ``x`` in the order in which those of ``like``, a dense tensor, lie in memory."""
-    laid_out = torch.empty_strided(like.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
-    return laid_out.as_strided((x.numel(),), (1,))

@@ -138,6 +138,7 @@ class SampleLosses:
                     n_at_once = c // 2 if _out_of_memory(error) else self._one_by_one(error)
                     continue
                 yield grads
+                del grads  # the budget is for one chunk: the next is computed before the name is taken again
                 done += c
                 advance(c)
 
@@ -286,6 +287,7 @@ def fisher_diagonal(
                 if given:
                     depends = True
                     n_left_out += _add(*zip(*given, strict=True), backend=backend)
+                del grads, given  # what a sample looks at is a whole chunk
     if n == 0:
         raise ValueError("losses is empty: the Fisher diagonal is a mean over at least one sample")
     if not depends:
@@ -313,6 +315,7 @@ def _from_chunks(chunks: Iterable[Gradients]) -> Samples:
     for grads in chunks:
         c = next((len(g) for g in grads if g is not None), 1)
         yield from zip(*(itertools.repeat(None, c) if g is None else g.unbind() for g in grads), strict=True)
+        del grads
 
 
 def _from_losses(losses: Iterable[Tensor], params: list[Tensor], n: int | None) -> Samples:

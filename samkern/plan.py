@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from .backends import native
-from .bitmask import BitMask
 from .options import UNSCALED, Base, BaseGroup, ClimbGroup, MixOptions, Scaling
 from .reference_plan import ReferencePlan
 
 
-@dataclass
+@dataclass(eq=False)
 class Kept:
     """What a method keeps between steps beside the base optimizer's state. Outlives plans, is copied and pickled.
 
@@ -49,6 +48,10 @@ class Kept:
         self.cache_norm = torch.zeros(len(self.params) + 1, dtype=torch.float64, device=device)
         self.fresh = torch.zeros(len(self.params), dtype=torch.uint8, device=device)
         self.skips = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # What an earlier version has pickled knew neither masks nor squares.
+        self.__dict__.update({"masks": {}, "squares": {}, **state})
 
     def for_parameters(self, params: list[Tensor]) -> Kept:
         """The same for another list of parameters: those that stay keep what they had."""
@@ -145,15 +148,7 @@ def make_plan(backend: str, params: list[Tensor], group: list[int], kept: Kept) 
     for i, p in enumerate(params):
         if p in kept.cache:
             plan.bind_cache(i, kept.cache[p])
-    bind_masks(plan, kept)
     return plan
-
-
-def bind_masks(plan: TensorPlan, kept: Kept) -> None:
-    """Gives a plan the masks, in the order of each parameter's memory."""
-    for i, p in enumerate(kept.params):
-        bits = kept.masks.get(p)
-        plan.bind_mask(i, None if bits is None else BitMask(bits, (p.shape,)).in_layout_of([p])[0])
 
 
 def _implementation(backend: str) -> Callable[..., TensorPlan]:

@@ -75,9 +75,17 @@ def masks_like(bits: Tensor | None, tensors: Sequence[Tensor]) -> list[Tensor]:
     if bits is None:
         return [torch.ones_like(x, dtype=torch.bool) for x in tensors]
     parts = torch.split(bits, [mask_bytes(x.numel()) for x in tensors])
-    return [
-        unpack_bits(part, x.numel()).as_strided(x.shape, x.stride()) for part, x in zip(parts, tensors, strict=True)
-    ]
+    masks = []
+    for part, x in zip(parts, tensors, strict=True):
+        order = memory_order(x)
+        mask = unpack_bits(part, x.numel()).view([x.shape[d] for d in order])
+        masks.append(mask.permute(sorted(range(x.dim()), key=order.__getitem__)))
+    return masks
+
+
+def memory_order(x: Tensor) -> list[int]:
+    """The dimensions of a tensor, the one with the largest steps in memory first; gaps do not matter."""
+    return sorted(range(x.dim()), key=x.stride, reverse=True)
 
 
 def mask_bytes(n: int) -> int:

@@ -168,16 +168,75 @@ def test_a_group_can_leave_the_mask_during_training(backend):
     assert [mask is None for mask in opt.masks()] == [False, False] + [True] * (len(p) - 2)
 
 
-def test_a_group_that_is_added_is_masked_from_the_next_refresh_on(backend):
+def test_a_group_that_is_added_is_masked_at_once_or_by_the_next_refresh(backend):
+    """A dynamic mask keeps its ones and takes random ones for the rest; a Fisher mask knows nothing of the new group yet."""
     net = make_net()
     p = [x for x in net.parameters() if x.requires_grad]
-    opt = dynamic(p[:3], sparsity=0.5, backend=backend)
-    train(net, opt, range(2))
-    opt.add_param_group({"params": p[3:]})
-    train(net, opt, [2])
-    assert [mask is None for mask in opt.masks()] == [False] * 3 + [True] * (len(p) - 3)
-    train(net, opt, [3])
-    assert count(opt) == round(sum(x.numel() for x in p) / 2)
+    for make in (dynamic, by_batches):
+        opt = make(p[:3], sparsity=0.5, backend=backend)
+        train(net, opt, range(4))
+        before = ones(opt)
+        opt.add_param_group({"params": p[3:]})
+        train(net, opt, [4])
+        if make is dynamic:
+            assert count(opt) == round(sum(x.numel() for x in p) / 2)
+            assert all((new | ~old).all() for new, old in zip(opt.masks(), before, strict=False))
+        else:
+            assert [mask is None for mask in opt.masks()] == [False] * 3 + [True] * (len(p) - 3)
+        train(net, opt, [5, 6])
+        assert count(opt) == round(sum(x.numel() for x in p) / 2)
+
+
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_the_size_stays_exact_when_coverage_changes(poisoned, backend):
+    """Out of the mask, back into it, frozen, and in the step of a refresh, also if that is skipped."""
+    w = [nn.Parameter(torch.randn(100)), nn.Parameter(torch.randn(7, 10)), nn.Parameter(torch.randn(33))]
+    opt = dynamic([{"params": [p]} for p in w], sparsity=0.4, refresh_interval=2, backend=backend)
+
+    def step(fail=False):
+        for p in w:
+            p.grad = torch.randn(p.shape)
+        if fail:
+            w[0].grad[0] = math.nan
+        opt.first_step()
+        for p in w:
+            p.grad = torch.randn(p.shape)
+        opt.second_step()
+
+    def expected(*chosen):
+        return round(0.6 * sum(w[i].numel() for i in chosen))
+
+    step()
+    assert count(opt) == expected(0, 1, 2)
+    opt.param_groups[1]["masked"] = False
+    for _ in range(3):
+        step()
+        assert opt.masks()[1] is None
+        assert count(opt) == expected(0, 2)
+    opt.param_groups[1]["masked"] = True
+    step(poisoned)  # step 4 refreshes
+    assert count(opt) == expected(0, 1, 2)
+    opt.param_groups[2]["rho"] = 0.0
+    step()
+    assert count(opt) == expected(0, 1)
+    w[0].requires_grad_(False)
+    step(poisoned)
+    assert count(opt) == expected(1)
+
+
+def test_weights_with_gaps(backend):
+    """They are served by plain PyTorch; a mask is over the entries that there are."""
+    for base in (torch.randn(40, 8)[:, :4], torch.randn(6, 6)[::2]):
+        w = nn.Parameter(base)
+        opt = dynamic([w], sparsity=0.5, refresh_interval=1, backend=backend)
+        for _ in range(3):
+            before = w.detach().clone()
+            w.grad = torch.randn(w.shape)
+            opt.first_step()
+            assert torch.equal(w != before, opt.masks()[0])
+            assert count(opt) == round(w.numel() / 2)
+            w.grad = torch.randn(w.shape)
+            opt.second_step()
 
 
 def test_channels_last_takes_the_same_entries(backend):
@@ -260,6 +319,30 @@ def test_a_fisher_mask_of_samples_takes_the_largest_entries(backend):
     before = ones(opt)
     opt.refresh_mask(by_generator)
     assert same_masks(before, opt.masks())
+
+
+def test_a_sweep_without_a_finite_sample_keeps_the_mask(backend):
+    model = nn.Linear(10, 10)
+    opt = samkern.SSAMF(model.parameters(), torch.optim.SGD, lr=0.1, backend=backend)
+    x = torch.randn(4, 10)
+    opt.refresh_mask(model(row).square().sum() for row in x)
+    before = ones(opt)
+    opt.refresh_mask(model(row).square().sum() * math.nan for row in x)
+    assert same_masks(before, opt.masks())
+    assert (int(opt.mask.n_used), int(opt.mask.n_left_out)) == (0, 4)
+    fresh = samkern.SSAMF(model.parameters(), torch.optim.SGD, lr=0.1, backend=backend)
+    fresh.refresh_mask(model(row).square().sum() * math.nan for row in x)
+    assert all(mask.all() for mask in fresh.masks())
+
+
+def test_sample_losses_have_a_number_of_their_own():
+    model = nn.Linear(3, 2)
+    losses = samkern.SampleLosses(model, F.mse_loss, (torch.randn(30, 3), torch.randn(30, 2)))
+    opt = samkern.SSAMF(model.parameters(), torch.optim.SGD, lr=0.1, num_samples=7)
+    opt.refresh_mask(losses)
+    assert int(opt.mask.n_used) == 30
+    opt.refresh_mask(iter(losses))
+    assert int(opt.mask.n_used) == 7
 
 
 def test_the_engine_sweeps_on_refresh_steps_only_and_leaves_the_model_alone(backend):
@@ -463,14 +546,16 @@ def test_an_exception_in_the_first_step_leaves_no_mask(backend):
     assert opt.masks() == [None] * len(opt.masks())
 
 
-def test_a_mask_keeps_its_place(backend):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_mask_keeps_its_place(layout, backend):
     """A recorded graph reads it where it was."""
-    net = make_net()
+    net = make_net().to(memory_format=layout)
     opt = dynamic(net.parameters(), backend=backend)
     places = []
     for t in range(7):
         train(net, opt, [t])
-        places.append([bits.data_ptr() for bits in opt.state_dict()["samkern"]["masks"].values()])
+        masks = opt._keeper.kept.masks
+        places.append([opt._keeper._laid_out(p, bits).data_ptr() for p, bits in masks.items()])
     assert places[0] == places[3] == places[6]
 
 
@@ -510,6 +595,85 @@ def test_a_checkpoint_of_another_mask_is_refused(backend):
     bad["samkern"]["masks"][1] = bad["samkern"]["masks"][1][:-1]
     with pytest.raises(ValueError, match="masks 1"):
         opt.load_state_dict(bad)
+
+
+@BOTH
+def test_a_refresh_by_hand_that_fails_changes_nothing(make, monkeypatch, backend):
+    net = make_net()
+    opt = make(net.parameters(), backend=backend)
+    train(net, opt, range(4))
+    before = ones(opt)
+    write, calls = torch.Tensor.copy_, []
+
+    def interrupted(self, *args, **options):
+        if self.dtype == torch.uint8:
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+        return write(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opt.refresh_mask()
+    assert len(calls) > 3
+    assert same_masks(before, opt.masks())
+    train(net, opt, range(4, 6))
+    assert same_masks(before, opt.masks())
+
+
+def test_a_failure_after_the_update_leaves_a_whole_step(monkeypatch, backend):
+    """The weights have moved: so have the counters."""
+    net, twin = make_net(), make_net()
+    opt, sound = by_batches(net.parameters(), backend=backend), by_batches(twin.parameters(), backend=backend)
+    train(twin, sound, [0])
+    with monkeypatch.context() as patch:
+        patch.setattr(samkern.ops, "fisher_accumulate", lambda *a, **b: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(MemoryError):
+            train(net, opt, [0])
+    assert same_bits(weights(net), weights(twin))
+    assert (opt.evaluations, opt._t) == (2, 1)
+    train(net, opt, [1])
+
+
+def test_a_batch_mask_without_squares_waits_for_them(backend):
+    """After a checkpoint of plain SAM at the step of a refresh."""
+    net, twin = make_net(), make_net()
+    plain = samkern.SAM(net.parameters(), torch.optim.SGD, rho=0.1, **SGD, backend=backend)
+    train(net, plain, range(3))
+    opt = by_batches(twin.parameters(), backend=backend)
+    opt.load_state_dict(through_a_file(plain.state_dict()))
+    train(twin, opt, range(3, 6))
+    assert opt.masks() == [None] * len(opt.masks())
+    train(twin, opt, [6])
+    assert count(opt) > 0
+
+
+def test_an_optimizer_that_was_pickled_before_there_were_masks():
+    net = make_net()
+    opt = samkern.SAM(net.parameters(), torch.optim.SGD, rho=0.1, **SGD)
+    train(net, opt, [0])
+    old = pickle.loads(pickle.dumps((net, opt)))
+    for owner, names in ((old[1], ("mask", "_masking")), (old[1]._keeper.kept, ("masks", "squares"))):
+        for name in names:
+            owner.__dict__.pop(name)
+    old[1]._keeper.__dict__.pop("_bound_masks")
+    again = pickle.loads(pickle.dumps(old))
+    train(net, opt, [1])
+    train(*again, [1])
+    assert same_bits(weights(net), weights(again[0]))
+
+
+def test_a_checkpoint_brings_its_seed(backend):
+    net, twin = make_net(), make_net()
+    opt = dynamic(net.parameters(), seed=5, backend=backend)
+    train(net, opt, range(2))
+    other = dynamic(twin.parameters(), seed=6, backend=backend)
+    twin.load_state_dict(net.state_dict())
+    other.load_state_dict(through_a_file(opt.state_dict()))
+    train(net, opt, range(2, 5))
+    train(twin, other, range(2, 5))
+    assert same_masks(opt.masks(), other.masks())
 
 
 def test_global_random_numbers_are_left_alone(backend):
@@ -590,6 +754,10 @@ def test_what_refresh_mask_refuses():
     opt = dynamic(net.parameters())
     with pytest.raises(ValueError, match="takes no losses"):
         opt.refresh_mask([torch.ones(())])
+    with pytest.raises(TypeError, match="mask must be a FisherMask, a DynamicMask or another Mask, got BitMask"):
+        SharpnessAware(net.parameters(), torch.optim.SGD, lr=0.1, mask=samkern.BitMask.zeros([torch.ones(1)]))
+    with pytest.raises(ValueError, match="does not go with fisher='batch'"):
+        by_batches(net.parameters(), capturable=True)
     closure_for(net, 0, opt.zero_grad)()
     opt.first_step()
     with pytest.raises(RuntimeError, match="between first_step"):
@@ -599,8 +767,9 @@ def test_what_refresh_mask_refuses():
 def test_a_fisher_mask_that_is_never_made_is_mentioned_once():
     net = make_net()
     opt = samkern.SSAMF(net.parameters(), torch.optim.SGD, lr=0.1, refresh_interval=2)
-    with pytest.warns(UserWarning, match="no mask after 2 steps.*sample_losses"):
+    with pytest.warns(UserWarning, match="no mask after 2 steps.*sample_losses") as caught:
         train(net, opt, range(3))
+    assert Path(caught[-1].filename).name == "problems.py"  # where step() is called
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(net, opt, range(3, 6))

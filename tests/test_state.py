@@ -107,6 +107,7 @@ def test_checkpoint_keys_are_torchs():
         "version",
         "t",
         "evaluations",
+        "mask",
         "skips",
         "cache",
         "cache_norm",

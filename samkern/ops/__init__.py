@@ -9,7 +9,7 @@ Common errors: ``ValueError`` for lengths, shapes, layouts or options that do no
 not supported; each names the list and the index. Nothing has been written then.
 """
 
-from .masks import drop_grow_mask, fisher_accumulate, random_mask, topk_mask
+from .masks import drop_grow_mask, fisher_accumulate, grow_mask, random_mask, topk_mask
 from .passes import (
     combine,
     decompose,
@@ -26,6 +26,7 @@ __all__ = [
     "decompose",
     "drop_grow_mask",
     "fisher_accumulate",
+    "grow_mask",
     "norms",
     "perturb",
     "random_mask",

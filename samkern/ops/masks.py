@@ -92,6 +92,28 @@ def drop_grow_mask(
 
 
 @torch.no_grad()
+def grow_mask(mask: BitMask, like: Tensors, n: int, *, seed: int = 0, t: int = 0, backend: str | None = None) -> None:
+    """``n`` zeros, chosen at random, become ones: those with the largest keys, as in ``drop_grow_mask``.
+
+    ``mask.bits`` is written. Of ``like``, the tensors that it is over, only shapes and devices matter.
+
+    Raises:
+        ValueError: an argument is out of range, or the mask is over other tensors.
+
+    >>> mask = samkern.BitMask.pack([torch.tensor([True, False, False])])
+    >>> samkern.ops.grow_mask(mask, [torch.zeros(3)], n=2)
+    >>> mask.count()
+    3
+    """
+    check_mask(mask, like)
+    _check_counts(n=n, t=t)
+    # What is not row-major need not be copied for its shape.
+    rows = [x if x.is_contiguous() else x.new_empty(x.shape) for x in like]
+    if rows:
+        run = implementation("drop_grow_mask", backend, reads={"like": rows}, writes={})
+        run(mask.bits, rows, n, _signed(seed), t, drops=False)
+
+
 def random_mask(like: Tensors, k: int, *, seed: int = 0, t: int = 0, backend: str | None = None) -> BitMask:
     """``k`` ones at random over tensors of the shapes of ``like``: the largest keys, as in ``drop_grow_mask``.
 
@@ -108,15 +130,11 @@ def random_mask(like: Tensors, k: int, *, seed: int = 0, t: int = 0, backend: st
     56
     """
     n = sum(x.numel() for x in like)
-    _check_counts(k=k, t=t)
+    _check_counts(k=k)
     if k > n:
         raise ValueError(f"k must be at most the number of entries, {n}, got {k}")
     mask = BitMask.zeros(like)
-    # Only shapes matter: what is not row-major need not be copied.
-    rows = [x if x.is_contiguous() else x.new_empty(x.shape) for x in like]
-    if rows:
-        run = implementation("drop_grow_mask", backend, reads={"like": rows}, writes={})
-        run(mask.bits, rows, k, _signed(seed), t, drops=False)
+    grow_mask(mask, like, k, seed=seed, t=t, backend=backend)
     return mask
 
 

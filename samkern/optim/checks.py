@@ -1,8 +1,10 @@
-"""Checks of options, with messages that name the option, its value and what is allowed."""
+"""Checks of options, with messages that name the option, its value and what is allowed; warnings to those who set them."""
 
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,3 +48,11 @@ def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
     """Raises ``ValueError`` unless ``value`` is one of ``allowed``."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def warn_caller(message: str) -> None:
+    """Warns about the line outside of samkern and torch that led here: an optimizer's methods are wrapped several times."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("samkern", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level - 1)

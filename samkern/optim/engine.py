@@ -12,7 +12,6 @@ something fails in between.
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -25,7 +24,7 @@ from ..bitmask import BitMask
 from ..options import Base, Mix, MixOptions, Report, Scaling
 from .around import OptimizerAround
 from .base import fused_rule, make_base
-from .checks import at_least, one_number_on, one_of
+from .checks import at_least, one_number_on, one_of, warn_caller
 from .explain import explain
 from .fixed_gradients import FixedGradients
 from .keeper import PlanKeeper, parameters_of
@@ -141,6 +140,8 @@ class SharpnessAware(OptimizerAround):
         one_of("cache_dtype", cache_dtype, (torch.float32, torch.bfloat16))
         one_of("nonfinite", nonfinite, ("skip", "ignore"))
         self.perturbation, self.schedule, self.reuse = perturbation or Euclidean(), schedule or Always(), reuse
+        if mask is not None and not isinstance(mask, Mask):
+            raise TypeError(f"mask must be a FisherMask, a DynamicMask or another Mask, got {type(mask).__name__}")
         self.mask = mask
         self.model, self.max_grad_norm, self.share_rng, self.nonfinite = model, max_grad_norm, share_rng, nonfinite
         options = {
@@ -218,8 +219,6 @@ class SharpnessAware(OptimizerAround):
         try:
             record = replace(record, had_gradients=record.had_gradients or self._has_gradients())
             self._update(record)
-            if self._masking is not None:
-                self._masking.settle(self._t, record.report, self._scaling)
         except BaseException:
             self.restore()
             raise
@@ -227,6 +226,8 @@ class SharpnessAware(OptimizerAround):
         self._t += 1
         self.evaluations += record.evaluations
         self.last_step = record
+        if self._masking is not None:
+            self._masking.settle(self._t - 1, record.report, self._scaling)
         # Learning-rate schedulers look here to see whether their optimizer has stepped; either of the two may have one.
         self._opt_called = self.base._opt_called = True  # type: ignore[attr-defined]
         if zero_grad:
@@ -245,11 +246,12 @@ class SharpnessAware(OptimizerAround):
         """Makes the mask anew now, between two steps, beside the refreshes that are due by its interval.
 
         ``losses``: of single samples, each with its own graph, for ``FisherMask(fisher="sample")``; None: what its
-        ``sample_losses`` gives. A ``DynamicMask`` looks at the gradients that are in place. ``.grad``, running statistics
-        and weights stay as they are.
+        ``sample_losses`` gives. A ``DynamicMask`` looks at the gradients that are in place, and stays without any. Weights
+        and ``.grad`` stay as they are, running statistics with ``SampleLosses`` or ``model=``. Under
+        ``torch.distributed`` every rank must call it: all take rank 0's mask. If it fails, the mask is as it was.
 
         Raises:
-            RuntimeError: the optimizer has no mask; a step is under way; there is nothing to make a mask from.
+            RuntimeError: the optimizer has no mask; a step is under way; no gradient has been accumulated yet.
             ValueError: losses are missing, or the mask takes none.
         """
         if self._masking is None:
@@ -257,10 +259,9 @@ class SharpnessAware(OptimizerAround):
         self.require_idle("refresh_mask()")
         self._keeper.plan()
         self._masking.refresh(self._t, self._groups(), losses, self._scaling, self.model)
-        self._masking.accept()
 
     def masks(self) -> list[torch.Tensor | None]:
-        """For each parameter, in the order of the groups, which entries are perturbed: bool, None for all of them."""
+        """For each parameter, in the order of the groups, which entries the mask chooses: bool; None: it does not choose."""
         masks = self._keeper.kept.masks
         return [BitMask(masks[p], (p.shape,)).unpack()[0] if p in masks else None for p in parameters_of(self.base)]
 
@@ -274,7 +275,8 @@ class SharpnessAware(OptimizerAround):
         report = torch.empty(len(Report), dtype=torch.float64, device=self._keeper.kept.skips.device)
         record = StepRecord(looks, 2 if looks else 1, self._has_gradients(), report)
         if self._masking is not None:
-            self._masking.before_climb(self._t, self._groups(), looks, self._scaling, self.model)
+            overwrites = not looks and fused_rule(self.base)[0] is None
+            self._masking.before_climb(self._t, self._groups(), overwrites, self._scaling, self.model)
         if looks:
             climbs = [self.perturbation.climb(self.options(group)) for group in self.param_groups]
             if self._capturable:
@@ -352,6 +354,10 @@ class SharpnessAware(OptimizerAround):
             raise ValueError(
                 f"capturable=True needs a fused update: {why}, and whether to step is then asked on the host"
             )
+        if self.mask is not None and self.mask.accumulates(0) is not None:
+            raise ValueError(
+                "capturable=True does not go with fisher='batch': a graph cannot add to it on some steps only"
+            )
         if self.share_rng:
             raise ValueError("capturable=True does not go with share_rng=True: a graph cannot wind back random numbers")
 
@@ -372,10 +378,9 @@ class SharpnessAware(OptimizerAround):
             return
         perturbed = [group for group in self.param_groups if self.perturbation.climb(self.options(group)).perturbs]
         if any(p.element_size() == 2 for group in perturbed for p in group["params"]):
-            warnings.warn(
+            warn_caller(
                 "half-precision weights lose perturbations below half a unit in their last place; keep the weights in "
-                "float32 and use autocast, or watch opt.last_step.realised",
-                stacklevel=4,
+                "float32 and use autocast, or watch opt.last_step.realised"
             )
 
     # ---- checkpoints and copies
@@ -385,8 +390,10 @@ class SharpnessAware(OptimizerAround):
         return self._keeper.base_state_dict()
 
     def own_state(self) -> dict[str, Any]:
-        """Our part of a checkpoint: counters and caches."""
-        return {"version": 1, "t": self._t, "evaluations": self.evaluations, **self._keeper.state_dict()}
+        """Our part of a checkpoint: counters, caches, masks."""
+        mask = self.mask.state() if self.mask is not None else {}
+        counters = {"version": 1, "t": self._t, "evaluations": self.evaluations}
+        return {**counters, "mask": mask, **self._keeper.state_dict()}
 
     def check_own_state(self, state: Mapping[str, Any]) -> None:
         """Raises ``ValueError`` if our part of a checkpoint is of other parameters or in another format."""
@@ -398,6 +405,8 @@ class SharpnessAware(OptimizerAround):
         """Takes ``own_state`` back; what is not in it starts fresh."""
         self._keeper.load_state_dict(state)
         self._t, self.evaluations = state.get("t", 0), state.get("evaluations", 0)
+        if self.mask is not None:
+            self.mask.load_state(state.get("mask", {}))
         self._put_options_on_device()
 
     def restore_precision(self, state_dict: Mapping[str, Any]) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import backends
-from ..plan import Kept, TensorPlan, bind_masks, make_plan
+from ..bitmask import BitMask
+from ..plan import Kept, TensorPlan, make_plan
 from ..reference import mask_bytes, math_dtype
 from ..tensors import check_parameters, is_capturing, is_dense
 from .base import FusedRule, fitted, fused_rule
@@ -24,6 +25,13 @@ def parameters_of(base: Optimizer) -> list[Tensor]:
 def names_of(base: Optimizer) -> list[str]:
     """Their names, if they were given with names (``model.named_parameters()``), else an empty list."""
     return [name for group in base.param_groups for name in group.get("param_names", ())]
+
+
+def _fits(name: str, x: Tensor, p: Tensor) -> bool:
+    """Whether what a checkpoint has as ``name`` can be of parameter ``p``."""
+    if name == "masks":
+        return x.dtype == torch.uint8 and x.shape == (mask_bytes(p.numel()),)
+    return x.shape == p.shape
 
 
 class PlanKeeper:
@@ -44,11 +52,15 @@ class PlanKeeper:
         self.base, self.backend, self.cache_dtype = base, backend, cache_dtype
         self.kept = Kept(params)
         self._plan: TensorPlan | None = None
+        self._bound_masks: dict[Tensor, Tensor] = {}
         self._resolved = ""
         self._rule: FusedRule | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None}
+        return {**self.__dict__, "_plan": None, "_bound_masks": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"_bound_masks": {}, **state})
 
     def resolved(self) -> str:
         """Name of the backend for the device on which the parameters are now."""
@@ -113,8 +125,22 @@ class PlanKeeper:
 
     def bind_masks(self) -> None:
         """Tells the plan, if there is one, which entries ``kept.masks`` lets through."""
-        if self._plan is not None:
-            bind_masks(self._plan, self.kept)
+        if self._plan is None:
+            return
+        for i, p in enumerate(self.kept.params):
+            bits = self.kept.masks.get(p)
+            self._plan.bind_mask(i, None if bits is None else self._laid_out(p, bits))
+
+    def _laid_out(self, p: Tensor, bits: Tensor) -> Tensor:
+        """Bits in the order of the memory of ``p``. They keep their place, since a CUDA graph may hold the address."""
+        if p.is_contiguous():
+            return bits
+        (laid_out,) = BitMask(bits, (p.shape,)).in_layout_of([p])
+        bound = self._bound_masks.get(p)
+        if bound is None or bound.shape != laid_out.shape or bound.device != laid_out.device:
+            self._bound_masks[p] = laid_out
+            return laid_out
+        return bound.copy_(laid_out)
 
     def state_dict(self) -> dict[str, Any]:
         """What is kept, with parameters by their index."""
@@ -129,12 +155,9 @@ class PlanKeeper:
         params = parameters_of(self.base)
         for name in ("cache", "masks", "squares"):
             for i, x in state.get(name, {}).items():
-                if i >= len(params) or x.shape != (
-                    (mask_bytes(params[i].numel()),) if name == "masks" else params[i].shape
-                ):
-                    raise ValueError(
-                        f"the checkpoint's {name} {i}, shape {tuple(x.shape)}, belongs to other parameters"
-                    )
+                if i >= len(params) or not _fits(name, x, params[i]):
+                    what = f"{x.dtype} {tuple(x.shape)}"
+                    raise ValueError(f"the checkpoint's {name} {i}, {what}, belongs to other parameters")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes ``state_dict`` back; an empty mapping means a fresh start."""
@@ -181,6 +204,7 @@ class PlanKeeper:
         plan = make_plan(resolved if all(map(is_dense, params)) else "reference", params, group_of, self.kept)
         self._bind(plan, fused_rule(self.base)[0])
         self._plan, self._resolved = plan, resolved
+        self.bind_masks()
         return plan
 
     def _bind(self, plan: TensorPlan, rule: FusedRule | None) -> None:

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
@@ -25,13 +26,13 @@ Losses = Iterable[Tensor] | SampleLosses
 class Sight(NamedTuple):
     """What a mask sees when it is made anew.
 
-    ``params``: those whose entries it chooses, in order. ``old``: the mask over the same parameters, if there is one.
+    ``params``: those whose entries it chooses, in order. ``old``: the mask over them, ones if there was none.
     ``gradients``: None for a parameter that has none. ``squares``: running means of squared gradients, as
     ``accumulates`` asked for. ``finite``: whether all gradients are, a 0-d bool. ``losses``: those given by hand.
     """
 
     params: Sequence[Tensor]
-    old: BitMask | None
+    old: BitMask
     gradients: Sequence[Tensor | None]
     squares: Mapping[Tensor, Tensor]
     finite: Tensor | None
@@ -39,6 +40,7 @@ class Sight(NamedTuple):
     model: nn.Module | None
     backend: str
     t: int
+    by_hand: bool
 
 
 class Mask(ABC):
@@ -50,6 +52,7 @@ class Mask(ABC):
     """
 
     options: dict[str, Any] = {"masked": True}
+    in_checkpoints: tuple[str, ...] = ()  # attributes that random numbers depend on
 
     def __init__(self, sparsity: float, renormalise: bool, refresh_interval: int | None) -> None:
         between("sparsity", sparsity, 0, 1)
@@ -70,12 +73,27 @@ class Mask(ABC):
         return self.refresh_interval is not None and t > 0 and t % self.refresh_interval == 0
 
     @abstractmethod
-    def initial(self, params: Sequence[Tensor], backend: str) -> BitMask | None:
-        """The mask before the first refresh; None: everything is perturbed."""
+    def adapted(
+        self, params: Sequence[Tensor], masks: Mapping[Tensor, Tensor], t: int, backend: str
+    ) -> Mapping[Tensor, Tensor]:
+        """The mask before its first refresh, and when other parameters are covered than before.
+
+        ``masks``: bits of those that have been so far. Returns those of ``params``; one that is left out is perturbed
+        entirely until the next refresh.
+        """
 
     @abstractmethod
     def refreshed(self, sight: Sight) -> BitMask | None:
         """A new mask, or None to go on with the old one. Does not write ``sight.old``."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has of it beside the bits: plain values."""
+        return {name: getattr(self, name) for name in self.in_checkpoints}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes ``state`` back; what is missing stays."""
+        for name in self.in_checkpoints:
+            setattr(self, name, state.get(name, getattr(self, name)))
 
     def accumulates(self, t: int) -> tuple[float, float] | None:
         """``keep`` and ``gain`` if step ``t`` is to add its squared gradient to a running mean, else None."""
@@ -102,9 +120,16 @@ class FisherMask(Mask):
             approximation: the square of a mean is another quantity than the mean of squares.
         sample_losses: called on refresh steps with ``fisher="sample"``; returns an iterable of losses of single samples,
             each with its own graph. ``samkern.SampleLosses`` is one, from a model, a loss and a data set.
-        num_samples: of "sample": at most so many losses are taken, >= 1.
+        num_samples: of "sample": at most so many losses of an iterable are taken, >= 1. ``SampleLosses`` have a number of
+            their own.
         fisher_ema, fisher_every: of "batch": every so many steps ``F = ema F + (1 - ema) g^2``.
         renormalise, refresh_interval: see ``Mask``.
+
+    ``n_used``, ``n_left_out``: of the last sweep, samples whose gradients were finite and others, as 0-d tensors; None
+    before it. If none was finite, the mask stays.
+
+    A parameter that is covered anew (its group was added, or gets ``masked=True``) is perturbed entirely until the next
+    refresh.
 
     Raises:
         ValueError: an option is out of range.
@@ -141,9 +166,13 @@ class FisherMask(Mask):
         between("fisher_ema", fisher_ema, 0, 1)
         self.fisher, self.sample_losses, self.num_samples = fisher, sample_losses, num_samples
         self.fisher_ema, self.fisher_every = fisher_ema, fisher_every
+        self.n_used: Tensor | None = None
+        self.n_left_out: Tensor | None = None
 
-    def initial(self, params: Sequence[Tensor], backend: str) -> BitMask | None:
-        return None
+    def adapted(
+        self, params: Sequence[Tensor], masks: Mapping[Tensor, Tensor], t: int, backend: str
+    ) -> Mapping[Tensor, Tensor]:
+        return {p: masks[p] for p in params if p in masks}
 
     @property
     def waits_for_losses(self) -> bool:
@@ -153,26 +182,30 @@ class FisherMask(Mask):
         return not self.waits_for_losses and super().is_due(t)
 
     def refreshed(self, sight: Sight) -> BitMask | None:
-        params = list(sight.params)
-        if self.fisher == "batch":
-            if sight.losses is not None:
-                raise ValueError("fisher='batch' takes no losses; use fisher='sample'")
-            if not sight.squares:
+        params, k = list(sight.params), self.n_ones(sight.params)
+        if self.fisher == "sample":
+            return self._of_samples(sight, params, k)
+        if sight.losses is not None:
+            raise ValueError("fisher='batch' takes no losses; use fisher='sample'")
+        if not any(p in sight.squares for p in params):
+            if sight.by_hand:
                 raise RuntimeError("no gradient has been accumulated yet: take a step before refresh_mask()")
-            scores = [sight.squares[p] if p in sight.squares else p.new_zeros(p.shape) for p in params]
-        else:
-            losses = sight.losses
-            if losses is None:
-                if self.sample_losses is None:
-                    raise ValueError(
-                        "refresh_mask() needs losses of single samples, or sample_losses= in the constructor"
-                    )
-                losses = self.sample_losses()
-            diagonal = fisher_diagonal(
-                params, losses, num_samples=self.num_samples, model=sight.model, backend=sight.backend
-            )
-            scores = diagonal.squares
-        return ops.topk_mask(scores, self.n_ones(params), nan="last", backend=sight.backend)
+            return None
+        scores = [sight.squares[p] if p in sight.squares else p.new_zeros(p.shape) for p in params]
+        return ops.topk_mask(scores, k, nan="last", backend=sight.backend)
+
+    def _of_samples(self, sight: Sight, params: list[Tensor], k: int) -> BitMask:
+        losses = sight.losses
+        if losses is None:
+            if self.sample_losses is None:
+                raise ValueError("refresh_mask() needs losses of single samples, or sample_losses= in the constructor")
+            losses = self.sample_losses()
+        n = None if isinstance(losses, SampleLosses) else self.num_samples  # they have a number of their own
+        diagonal = fisher_diagonal(params, losses, num_samples=n, model=sight.model, backend=sight.backend)
+        self.n_used, self.n_left_out = diagonal.n_used, diagonal.n_left_out
+        mask = ops.topk_mask(diagonal.squares, k, nan="last", backend=sight.backend)
+        # Without a single finite sample there is nothing to choose by.
+        return BitMask(torch.where(diagonal.n_used > 0, mask.bits, sight.old.bits), mask.shapes)
 
     def accumulates(self, t: int) -> tuple[float, float] | None:
         if self.fisher != "batch" or t % self.fisher_every != 0:
@@ -181,10 +214,11 @@ class FisherMask(Mask):
 
 
 class DynamicMask(Mask):
-    """SSAM-D: a random mask that drops entries with a flat loss and grows random ones; their number stays the same.
+    """SSAM-D: a random mask that drops entries with small gradients and grows random ones; their number stays the same.
 
     At a refresh the ``f K`` entries of the mask with the smallest gradients leave it, ``f`` falling from ``drop`` to 0 by a
-    cosine over ``total_steps``, and as many random ones enter it.
+    cosine over ``total_steps``, and as many random ones enter it. Two refreshes of one step draw the same random numbers.
+    When other parameters are covered than before, random entries enter or leave, so that the number is exact again.
 
     Args:
         total_steps: steps of the whole training, >= 1.
@@ -203,6 +237,8 @@ class DynamicMask(Mask):
     >>> [round(mask.share(t), 3) for t in (0, 500, 1000)]
     [0.5, 0.25, 0.0]
     """
+
+    in_checkpoints = ("seed",)
 
     def __init__(
         self,
@@ -230,8 +266,26 @@ class DynamicMask(Mask):
     def wants_gradients(self) -> bool:
         return True
 
-    def initial(self, params: Sequence[Tensor], backend: str) -> BitMask | None:
-        return ops.random_mask(params, self.n_ones(params), seed=self.seed, backend=backend)
+    def adapted(
+        self, params: Sequence[Tensor], masks: Mapping[Tensor, Tensor], t: int, backend: str
+    ) -> Mapping[Tensor, Tensor]:
+        if not params:
+            return {}
+        if not masks:  # the beginning, whenever it is
+            mask = ops.random_mask(params, self.n_ones(params), seed=self.seed, backend=backend)
+        else:
+            nothing = BitMask.zeros(params)
+            parts = [masks.get(p, zeros) for p, zeros in zip(params, nothing.parts(), strict=True)]
+            mask = self._resized(BitMask(torch.cat(parts), nothing.shapes), params, t, backend)
+        return dict(zip(params, mask.parts(), strict=True))
+
+    def _resized(self, mask: BitMask, params: Sequence[Tensor], t: int, backend: str) -> BitMask:
+        """As many ones as there have to be: some more at random, or some fewer. Reads the device."""
+        missing = self.n_ones(params) - mask.count()
+        if missing < 0:
+            mask = mask.inverted()
+        ops.grow_mask(mask, params, abs(missing), seed=self.seed, t=t, backend=backend)
+        return mask.inverted() if missing < 0 else mask
 
     def refreshed(self, sight: Sight) -> BitMask | None:
         if sight.losses is not None:
@@ -239,8 +293,6 @@ class DynamicMask(Mask):
         if all(g is None for g in sight.gradients):
             return None
         params, n_ones = list(sight.params), self.n_ones(sight.params)
-        if sight.old is None:  # other parameters than before: begins anew
-            return ops.random_mask(params, n_ones, seed=self.seed, t=sight.t, backend=sight.backend)
         mask = sight.old.clone()
         gradients = [p.new_zeros(p.shape) if g is None else g for g, p in zip(sight.gradients, params, strict=True)]
         ops.drop_grow_mask(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from .. import ops
 from ..bitmask import BitMask
 from ..options import Report, Scaling
 from ..reference import finite, math_dtype
+from .checks import warn_caller
 from .keeper import PlanKeeper
 from .mask import Losses, Mask, Sight
 
@@ -29,120 +29,119 @@ class Masking:
     def __init__(self, mask: Mask, keeper: PlanKeeper) -> None:
         self.mask, self._keeper = mask, keeper
         self._warned = False
-        self._flags: list[bool] = []
+        self._coverage: list[Any] = []  # what was found the last time that somebody looked
         self._idle()
 
     def _idle(self) -> None:
-        self._before: dict[Tensor, Tensor] | None = None  # the masks before this step, if it has changed them
-        self._refreshed = False
+        self._undo: dict[Tensor, Tensor] | None = None  # the masks before this step, if it has changed them
+        self._refreshed: dict[Tensor, Tensor] | None = None  # the same, over the parameters of today
         self._first: dict[Tensor, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_before": None, "_refreshed": False, "_first": {}}
+        return {**self.__dict__, "_undo": None, "_refreshed": None, "_first": {}, "_coverage": []}
 
-    def before_climb(self, t: int, groups: Groups, looks: bool, scaling: Scaling, model: nn.Module | None) -> None:
+    def before_climb(self, t: int, groups: Groups, overwrites: bool, scaling: Scaling, model: nn.Module | None) -> None:
         """Begins step ``t``, with the first gradients in place: refreshes the mask if it is due, and binds it.
 
-        ``groups``: our options of each group, with its ``params``.
+        ``groups``: our options of each group, with its ``params``. ``overwrites``: the update may write to these gradients.
         """
-        kept = self._keeper.kept
-        self._let_go(groups)
+        self._idle()
+        self._follow(t, groups)
         if self.mask.is_due(t):
-            self.refresh(t, groups, None, scaling, model)
-        elif not kept.masks and (params := _covered(groups)):
-            self._put(params, self.mask.initial(params, self._keeper.resolved()))
+            self._refresh(t, groups, None, scaling, model, by_hand=False)
         self._warn_if_waiting(t)
         if self.mask.accumulates(t) is not None:
-            # An update without a look may write over gradients.
-            there = [p for p in _covered(groups) if p.grad is not None]
-            self._first = {p: p.grad if looks else p.grad.clone() for p in there}  # type: ignore[union-attr, misc]
+            squares = self._keeper.kept.squares
+            for p in _covered(groups):
+                if p.grad is not None:
+                    self._first[p] = p.grad.clone() if overwrites else p.grad
+                    if p not in squares:
+                        squares[p] = torch.zeros(p.shape, dtype=math_dtype(p.dtype), device=p.device)
 
-    def refresh(
-        self,
-        t: int,
-        groups: Groups,
-        losses: Losses | None,
-        scaling: Scaling,
-        model: nn.Module | None,
-    ) -> None:
-        """Makes the mask anew. It can be undone until ``settle`` or ``accept``."""
-        self._keeper.refuse_while_recording("a mask")
-        params, kept = _covered(groups), self._keeper.kept
-        gradients = [p.grad for p in params]
-        sound = self._all_finite(gradients, scaling) if self.mask.wants_gradients else None
-        old = _assembled(params, kept.masks)
-        backend = self._keeper.resolved()
-        sight = Sight(params, old, gradients, kept.squares, sound, losses, model, backend, t)
-        new = self.mask.refreshed(sight) if params else None
-        if new is not None:
-            self._put(params, _same_on_all_ranks(new))
-            self._refreshed = True
+    def refresh(self, t: int, groups: Groups, losses: Losses | None, scaling: Scaling, model: nn.Module | None) -> None:
+        """Makes the mask anew between two steps. If that fails, the mask is as it was."""
+        self._idle()
+        try:
+            self._follow(t, groups)
+            self._refresh(t, groups, losses, scaling, model, by_hand=True)
+        except BaseException:
+            self.undo()
+            raise
+        self._idle()
 
     def settle(self, t: int, report: Tensor, scaling: Scaling) -> None:
         """Ends step ``t``: what a step that was skipped has changed is put back, without asking the device whether it was."""
-        kept = self._keeper.kept
-        if not self._refreshed and not self._first:
-            self._idle()
+        kept, refreshed, first = self._keeper.kept, self._refreshed, self._first
+        self._idle()
+        if refreshed is None and not first:
             return
         skipped = (report[Report.SKIPPED_FIRST :] != 0).any()
-        if self._refreshed and self._before is not None:
+        if refreshed is not None:
             for p, bits in kept.masks.items():
-                old = self._before.get(p)
-                bits.copy_(torch.where(skipped, BitMask.ones([p]).bits if old is None else old, bits))
+                bits.copy_(torch.where(skipped, refreshed[p], bits))
             self._keeper.bind_masks()
         keep_and_gain = self.mask.accumulates(t)
-        if keep_and_gain is not None and self._first:
-            params = list(self._first)
-            for p in params:
-                if p not in kept.squares:
-                    kept.squares[p] = torch.zeros(p.shape, dtype=math_dtype(p.dtype), device=p.device)
+        if keep_and_gain is not None and first:
             keep, gain = keep_and_gain
             inverse = None if scaling.grad_scale is None else scaling.grad_scale.double().reciprocal()
-            ops.fisher_accumulate(
-                [kept.squares[p] for p in params],
-                [self._first[p] for p in params],
-                keep=keep,
-                gain=gain,
-                scale=inverse,
-                skip=skipped,
-                backend=self._keeper.resolved(),
-            )
-        self._idle()
-
-    def accept(self) -> None:
-        """What has been refreshed stays."""
-        self._idle()
+            squares = [kept.squares[p] for p in first]
+            options: dict[str, Any] = {"scale": inverse, "skip": skipped, "backend": self._keeper.resolved()}
+            ops.fisher_accumulate(squares, list(first.values()), keep=keep, gain=gain, **options)
 
     def undo(self) -> None:
-        """Takes back what ``before_climb`` has done."""
-        if self._before is not None:
-            self._write(self._before)
+        """Takes back what ``before_climb`` has done to the mask."""
+        before = self._undo
         self._idle()
+        if before is not None:
+            self._write(before)
+            self._coverage = []
 
-    def _put(self, params: Sequence[Tensor], mask: BitMask | None) -> None:
-        if mask is not None:
-            self._before = {p: bits.clone() for p, bits in self._keeper.kept.masks.items()}
-            self._write(dict(zip(params, mask.parts(), strict=True)))
+    def _follow(self, t: int, groups: Groups) -> None:
+        """What the mask covers may have changed: groups were added, taken out, or have another radius now."""
+        kept = self._keeper.kept
+        coverage = [(bool(group["masked"]), _perturbs(group["rho"]), len(group["params"])) for group in groups]
+        if [kept, *coverage] == self._coverage:
+            return
+        params, masks = _covered(groups), kept.masks
+        if not _are_same(params, masks):
+            self._put(self.mask.adapted(params, masks, t, self._keeper.resolved()))
+        self._coverage = [kept, *coverage]
+
+    def _refresh(
+        self, t: int, groups: Groups, losses: Losses | None, scaling: Scaling, model: nn.Module | None, by_hand: bool
+    ) -> None:
+        self._keeper.refuse_while_recording("a mask")
+        params, kept, backend = _covered(groups), self._keeper.kept, self._keeper.resolved()
+        if not params:
+            return
+        if kept.masks and not _are_same(params, kept.masks):  # a parameter was frozen, or is no longer
+            self._put(self.mask.adapted(params, kept.masks, t, backend))
+        gradients = [p.grad for p in params]
+        sound = self._all_finite(gradients, scaling) if self.mask.wants_gradients else None
+        old = BitMask.ones(params)
+        if _are_same(params, kept.masks):
+            old = BitMask(torch.cat(list(kept.masks.values())), tuple(p.shape for p in params))
+        new = self.mask.refreshed(
+            Sight(params, old, gradients, kept.squares, sound, losses, model, backend, t, by_hand)
+        )
+        if new is not None:
+            self._put(dict(zip(params, _same_on_all_ranks(new).parts(), strict=True)))
+            self._refreshed = dict(zip(params, old.parts(), strict=True))
+
+    def _put(self, masks: Mapping[Tensor, Tensor]) -> None:
+        if self._undo is None:
+            self._undo = {p: bits.clone() for p, bits in self._keeper.kept.masks.items()}
+        self._write(masks)
 
     def _write(self, masks: Mapping[Tensor, Tensor]) -> None:
         """Masks keep their places as long as they cover the same parameters: a CUDA graph may hold their addresses."""
         kept = self._keeper.kept
-        if kept.masks.keys() == masks.keys():
+        if _are_same(list(masks), kept.masks):
             for p, bits in kept.masks.items():
                 bits.copy_(masks[p])
         else:
             kept.masks = dict(masks)
         self._keeper.bind_masks()
-
-    def _let_go(self, groups: Groups) -> None:
-        """Of a group that is no longer masked, everything is perturbed from now on."""
-        flags = [bool(group["masked"]) for group in groups]
-        if flags != self._flags:
-            masked = {p for group in groups if group["masked"] for p in group["params"]}
-            kept = self._keeper.kept
-            kept.masks = {p: bits for p, bits in kept.masks.items() if p in masked}
-            self._keeper.bind_masks()
-            self._flags = flags
 
     def _all_finite(self, gradients: Sequence[Tensor | None], scaling: Scaling) -> Tensor | None:
         there = [g for g in gradients if g is not None]
@@ -156,10 +155,9 @@ class Masking:
         interval = self.mask.refresh_interval
         overdue = interval is not None and t >= interval and not self._keeper.kept.masks
         if overdue and self.mask.waits_for_losses and not self._warned:
-            warnings.warn(
+            warn_caller(
                 f"{type(self.mask).__name__} has no mask after {t} steps, so that all entries are perturbed: pass "
-                "sample_losses=, or call opt.refresh_mask(losses)",
-                stacklevel=5,
+                "sample_losses=, or call opt.refresh_mask(losses)"
             )
             self._warned = True
 
@@ -175,14 +173,12 @@ def _perturbs(rho: float | Tensor) -> bool:
     return (isinstance(rho, Tensor) and rho.device.type != "cpu") or rho > 0  # type: ignore[return-value]
 
 
-def _assembled(params: Sequence[Tensor], masks: Mapping[Tensor, Tensor]) -> BitMask | None:
-    if not params or len(params) != len(masks) or not all(map(operator.is_, params, masks)):
-        return None
-    return BitMask(torch.cat(list(masks.values())), tuple(p.shape for p in params))
+def _are_same(params: Sequence[Tensor], masks: Mapping[Tensor, Tensor]) -> bool:
+    return len(params) == len(masks) and all(map(operator.is_, params, masks))
 
 
 def _same_on_all_ranks(mask: BitMask) -> BitMask:
-    """Rank 0's: backward passes need not be bitwise equal across ranks."""
+    """Rank 0's, of the default process group: backward passes need not be bitwise equal across ranks."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast(mask.bits, src=0)
     return mask
