@@ -57,9 +57,8 @@ def _ssam_f(model: nn.Module, task: Task) -> Optimizer:
 
 def _ssam_d(model: nn.Module, task: Task) -> Optimizer:
     interval = 5 * (N_TRAIN // BATCH + 1)
-    return SSAMD(
-        model.parameters(), SGD, rho=0.2, total_steps=task.n_steps, refresh_interval=interval, model=model, **BASE
-    )
+    options: dict[str, Any] = {"total_steps": task.n_steps, "refresh_interval": interval}
+    return SSAMD(model.parameters(), SGD, rho=0.4, model=model, **options, **BASE)
 
 
 ENTRIES: tuple[Entry, ...] = (
@@ -70,8 +69,8 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("SAM-k (k 5)", _around(SAMk, rho=0.2, k=5)),
     Entry("LookSAM (k 2)", _around(LookSAM, rho=0.2, k=2)),
     Entry("LookSAM (k 5)", _around(LookSAM, rho=0.2, k=5)),
-    Entry("SSAM-F (half the entries)", _ssam_f),
-    Entry("SSAM-D (half the entries)", _ssam_d, in_quick=False),
+    Entry("SSAM-F (rho 0.2, half)", _ssam_f),
+    Entry("SSAM-D (rho 0.4, half)", _ssam_d, in_quick=False),
     Entry("Look-LayerSAM (rho 0.02, k 5)", _around(LookLayerSAM, rho=0.02, k=5), in_quick=False),
 )
 
