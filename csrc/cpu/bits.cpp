@@ -5,22 +5,7 @@
 namespace samkern::cpu {
 namespace {
 
-// Both values are read before one is chosen: a load on a condition would be a branch, or a masked one.
-template <typename T>
-SAMKERN_INLINE void choose_lanes(const uint32_t* words, int64_t n, const T* a, const T* b, T* chosen) {
-  using Key = math::KeyOf<T>;
-  int64_t i = 0;
-  for (; i + kWordBits <= n; i += kWordBits) {
-    const Key word = words[i / kWordBits];
-    SAMKERN_VECTORIZE
-    for (int l = 0; l < kWordBits; ++l) {
-      const T x = a[i + l], y = b[i + l];
-      chosen[i + l] = (word & kLaneBits<Key>.at[l]) != 0 ? x : y;
-    }
-  }
-  for (int l = 0; i + l < n; ++l) chosen[i + l] = (words[i / kWordBits] >> l & 1) != 0 ? a[i + l] : b[i + l];
-}
-
+// The value is read before it is chosen: a load on a condition would be a branch, or a masked one.
 template <typename T>
 SAMKERN_INLINE void choose_lanes_or_zero(const uint32_t* words, int64_t n, const T* a, T* chosen) {
   using Key = math::KeyOf<T>;
@@ -37,14 +22,6 @@ SAMKERN_INLINE void choose_lanes_or_zero(const uint32_t* words, int64_t n, const
 }
 
 }  // namespace
-
-SAMKERN_CLONES void choose(const uint32_t* words, int64_t n, const float* a, const float* b, float* chosen) {
-  choose_lanes(words, n, a, b, chosen);
-}
-
-SAMKERN_CLONES void choose(const uint32_t* words, int64_t n, const double* a, const double* b, double* chosen) {
-  choose_lanes(words, n, a, b, chosen);
-}
 
 SAMKERN_CLONES void choose_or_zero(const uint32_t* words, int64_t n, const float* a, float* chosen) {
   choose_lanes_or_zero(words, n, a, chosen);

@@ -50,11 +50,7 @@ inline void load_bits(const Operand& bits, int64_t at, int64_t n, uint32_t* word
   }
 }
 
-// chosen[i] = a[i] where bit i is 1, else b[i]. `chosen` may be a or b.
-void choose(const uint32_t* words, int64_t n, const float* a, const float* b, float* chosen);
-void choose(const uint32_t* words, int64_t n, const double* a, const double* b, double* chosen);
-
-// The same with zeros for b.
+// chosen[i] = a[i] where bit i is 1, else 0.
 void choose_or_zero(const uint32_t* words, int64_t n, const float* a, float* chosen);
 void choose_or_zero(const uint32_t* words, int64_t n, const double* a, double* chosen);
 

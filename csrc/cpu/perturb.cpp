@@ -60,19 +60,24 @@ void climb_through(const uint32_t* words, const T* w, const T* g, int64_t n, Dir
 
 // Filter-wise: the scale changes with every run of `stride` elements. T_f^2 is applied in double and rounded once.
 template <typename T>
-void climb_filters(const PlanView& plan, int32_t tensor, int64_t at, const T* w, const T* g, int64_t n, double scale,
-                   double eta, T* climbed) {
+void climb_filters(const PlanView& plan, int32_t tensor, int64_t at, const T* w, const T* g, const uint32_t* words,
+                   int64_t n, double scale, double eta, T* climbed) {
   const Filters& filters = plan.filters[tensor];
   const bool is_short = has_short_filters(plan, tensor);
+  uint32_t of_run[kBlockWords];  // filters and words do not begin at the same places
   for (int64_t done = 0; done < n;) {
     const int64_t run = (at + done) / filters.stride;
     const int64_t step = std::min(n - done, (run + 1) * filters.stride - (at + done));
     const double t = std::sqrt(plan.filter_ww[filters.first + run % filters.count]) + eta;
     const T scale_f = static_cast<T>(scale * (t * t));
     if (is_short) {
-      for (int64_t i = done; i < done + step; ++i) climbed[i] = math::climb(w[i], g[i], scale_f);
+      for (int64_t i = done; i < done + step; ++i) {
+        const bool moves = words == nullptr || (words[i / kWordBits] >> i % kWordBits & 1) != 0;
+        climbed[i] = moves ? math::climb(w[i], g[i], scale_f) : w[i];
+      }
     } else {
-      climb_range(w + done, g + done, step, Along<T>{scale_f}, climbed + done);
+      if (words != nullptr) load_bits(plan.mask[tensor], at + done, step, of_run);
+      climb_through(words != nullptr ? of_run : nullptr, w + done, g + done, step, Along<T>{scale_f}, climbed + done);
     }
     done += step;
   }
@@ -85,12 +90,7 @@ void climb_block(const PlanView& plan, const ClimbGroup& group, double scale, in
   const T s = static_cast<T>(scale);
   switch (climb_of(group, plan.filters[tensor])) {
     case Climb::kElement: return climb_through(words, w, g, n, AlongElement<T>{s, static_cast<T>(group.eta)}, climbed);
-    case Climb::kFilter: {
-      if (words == nullptr) return climb_filters(plan, tensor, at, w, g, n, scale, group.eta, climbed);
-      T all[kBlock];  // filters and words do not begin at the same places
-      climb_filters(plan, tensor, at, w, g, n, scale, group.eta, all);
-      return choose(words, n, all, w, climbed);
-    }
+    case Climb::kFilter: return climb_filters(plan, tensor, at, w, g, words, n, scale, group.eta, climbed);
     case Climb::kSign:
     case Climb::kLayerSign: return climb_through(words, w, g, n, AlongSign<T>{s}, climbed);
     default: return climb_through(words, w, g, n, Along<T>{s}, climbed);
