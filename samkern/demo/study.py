@@ -52,7 +52,7 @@ def _sgd(model: nn.Module, _: Task) -> Optimizer:
 def _ssam_f(model: nn.Module, task: Task) -> Optimizer:
     losses = SampleLosses(model, functional.cross_entropy, (task.x, task.y), num_samples=256)
     interval = 5 * (N_TRAIN // BATCH + 1)  # five epochs
-    return SSAMF(model.parameters(), SGD, rho=0.2, sample_losses=losses, refresh_interval=interval, model=model, **BASE)
+    return SSAMF(model.parameters(), SGD, rho=0.3, sample_losses=losses, refresh_interval=interval, model=model, **BASE)
 
 
 def _ssam_d(model: nn.Module, task: Task) -> Optimizer:
@@ -69,7 +69,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("SAM-k (k 5)", _around(SAMk, rho=0.2, k=5)),
     Entry("LookSAM (k 2)", _around(LookSAM, rho=0.2, k=2)),
     Entry("LookSAM (k 5)", _around(LookSAM, rho=0.2, k=5)),
-    Entry("SSAM-F (rho 0.2, half)", _ssam_f),
+    Entry("SSAM-F (rho 0.3, half)", _ssam_f),
     Entry("SSAM-D (rho 0.4, half)", _ssam_d, in_quick=False),
     Entry("Look-LayerSAM (rho 0.02, k 5)", _around(LookLayerSAM, rho=0.02, k=5), in_quick=False),
 )
