@@ -94,7 +94,15 @@ def test_an_exception_in_the_closure_changes_nothing(method, error, nth, backend
     assert same_bits(weights(net), weights(twin))
 
 
-def test_a_real_interrupt(backend):
+@pytest.fixture
+def interruptible():
+    """SIGINT raises, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_real_interrupt(interruptible, backend):
     """SIGINT at random moments of training. A perturbation is 1,000 times longer than an update: it would show."""
     if backend == "triton" and in_interpreter():
         pytest.skip("an interrupt ends Triton's interpreter within a kernel, which no GPU does")
