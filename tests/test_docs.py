@@ -43,7 +43,9 @@ def public_objects():
 PUBLIC = dict(public_objects())
 WITHOUT_EXAMPLE = {  # they are returned or subclassed, not called
     "samkern.NotBuiltError",
+    "samkern.optim.Decision",
     "samkern.optim.Mask",
+    "samkern.optim.Now",
     "samkern.optim.Perturbation",
     "samkern.optim.Reuse",
     "samkern.optim.Schedule",
@@ -151,7 +153,7 @@ ARROWS = {  # a module may import from the left of itself only
     "undisturbed": {"tensors"},
     "samples": {"undisturbed"},
     "fisher": {"ops", "reference", "samples", "tensors", "undisturbed"},
-    "optim": {"backends", "batchnorm", "bitmask", "fisher", "ops", "options", "plan", "reference", "tensors"},
+    "optim": {"backends", "batchnorm", "bitmask", "fisher", "ops", "options", "philox", "plan", "reference", "tensors"},
     "sharpness": set(),
     "demo": {"backends", "fisher", "optim", "sharpness"},
 }

@@ -108,6 +108,7 @@ def test_checkpoint_keys_are_torchs():
         "t",
         "evaluations",
         "mask",
+        "schedule",
         "skips",
         "cache",
         "cache_norm",

@@ -12,6 +12,7 @@ something fails in between.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,9 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import ops
 from ..batchnorm import frozen_running_stats
 from ..bitmask import BitMask
 from ..options import Base, Mix, MixOptions, Report, Scaling
+from ..reference import finite
 from .around import OptimizerAround
 from .base import fused_rule, make_base
 from .checks import at_least, one_number_on, one_of, warn_caller
@@ -34,7 +37,7 @@ from .perturbation import Euclidean, Perturbation
 from .record import StepRecord
 from .reuse import Reuse
 from .rng import SharedRng
-from .schedule import Always, Schedule
+from .schedule import Always, Decision, Now, Schedule
 
 
 class SharpnessAware(OptimizerAround):
@@ -226,6 +229,7 @@ class SharpnessAware(OptimizerAround):
         self._t += 1
         self.evaluations += record.evaluations
         self.last_step = record
+        self.schedule.settle(lambda: (record.report[Report.SKIPPED_FIRST :] != 0).any())
         if self._masking is not None:
             self._masking.settle(self._t - 1, record.report, self._scaling)
         # Learning-rate schedulers look here to see whether their optimizer has stepped; either of the two may have one.
@@ -237,6 +241,7 @@ class SharpnessAware(OptimizerAround):
     def restore(self) -> None:
         """Undoes ``first_step()``: weights bitwise, gradients if they were kept. Nothing to undo: does nothing."""
         self._keeper.restore()
+        self.schedule.undo()
         if self._masking is not None:
             self._masking.undo()
         self._finish()
@@ -271,9 +276,10 @@ class SharpnessAware(OptimizerAround):
 
     def _first_half(self, keep: bool) -> bool:
         plan = self._keeper.plan()
-        looks = self.schedule.look(self._t)
+        decision = self.schedule.decide(Now(self._t, self._norm_sq))
+        looks = decision == Decision.LOOK
         report = torch.empty(len(Report), dtype=torch.float64, device=self._keeper.kept.skips.device)
-        record = StepRecord(looks, 2 if looks else 1, self._has_gradients(), report)
+        record = StepRecord(looks, 2 if looks else 1, self._has_gradients(), report, decision == Decision.REUSE)
         if self._masking is not None:
             overwrites = not looks and fused_rule(self.base)[0] is None
             self._masking.before_climb(self._t, self._groups(), overwrites, self._scaling, self.model)
@@ -292,7 +298,7 @@ class SharpnessAware(OptimizerAround):
 
     def _update(self, record: StepRecord) -> None:
         mix = MixOptions()
-        if self.reuse is not None:
+        if self.reuse is not None and (record.looked or record.reuses):
             mix = self.reuse.mix(record.looked, [self.options(group) for group in self.param_groups])
         plan = self._keeper.plan(in_step=True)
         rule = self._keeper.prepare(plan, with_cache=mix.mix == Mix.DECOMPOSE)
@@ -304,6 +310,19 @@ class SharpnessAware(OptimizerAround):
         judged = check or self.found_inf is not None
         if rule is None and record.had_gradients and not (judged and record.skipped):
             self.base.step()
+
+    def _norm_sq(self) -> torch.Tensor:
+        """``norm(g)^2`` over all tensors, without a loss scale; NaN if a gradient is not finite. For schedules that ask."""
+        device, scaling = self._keeper.kept.skips.device, self._scaling
+        there = [p.grad for p in parameters_of(self.base) if p.grad is not None]
+        if not there:
+            return torch.zeros((), dtype=torch.float64, device=device)
+        sums = ops.norms(there, backend=self._keeper.resolved())[0]
+        sound = finite(sums[:-1], there)
+        if scaling.found_inf is not None:
+            sound = sound & (scaling.found_inf.squeeze() == 0)
+        scale = 1.0 if scaling.grad_scale is None else scaling.grad_scale.double().squeeze()
+        return torch.where(sound, sums[-1] / (scale * scale), math.nan)
 
     @property
     def _scaling(self) -> Scaling:
@@ -358,6 +377,9 @@ class SharpnessAware(OptimizerAround):
             raise ValueError(
                 "capturable=True does not go with fisher='batch': a graph cannot add to it on some steps only"
             )
+        if self.schedule.reads_gradients:
+            name = type(self.schedule).__name__
+            raise ValueError(f"capturable=True does not go with {name}, which asks the device whether to look")
         if self.share_rng:
             raise ValueError("capturable=True does not go with share_rng=True: a graph cannot wind back random numbers")
 
@@ -393,7 +415,7 @@ class SharpnessAware(OptimizerAround):
         """Our part of a checkpoint: counters, caches, masks."""
         mask = self.mask.state() if self.mask is not None else {}
         counters = {"version": 1, "t": self._t, "evaluations": self.evaluations}
-        return {**counters, "mask": mask, **self._keeper.state_dict()}
+        return {**counters, "mask": mask, "schedule": self.schedule.state(), **self._keeper.state_dict()}
 
     def check_own_state(self, state: Mapping[str, Any]) -> None:
         """Raises ``ValueError`` if our part of a checkpoint is of other parameters or in another format."""
@@ -405,6 +427,7 @@ class SharpnessAware(OptimizerAround):
         """Takes ``own_state`` back; what is not in it starts fresh."""
         self._keeper.load_state_dict(state)
         self._t, self.evaluations = state.get("t", 0), state.get("evaluations", 0)
+        self.schedule.load_state(state.get("schedule", {}))
         if self.mask is not None:
             self.mask.load_state(state.get("mask", {}))
         self._put_options_on_device()

@@ -14,13 +14,15 @@ from ..options import Report
 class StepRecord:
     """One step: what it spent and what it saw. Numbers stay on the device until they are read.
 
-    ``looked``: whether the second pass was taken. ``evaluations``: forward-backward pairs of this step.
+    ``looked``: whether the second pass was taken. ``reuses``: whether instead what an earlier look left is mixed in, where
+    something is kept. ``evaluations``: forward-backward pairs of this step.
     """
 
     looked: bool
     evaluations: int
     had_gradients: bool
     report: Tensor
+    reuses: bool = False
 
     @property
     def grad_norm(self) -> Tensor:
