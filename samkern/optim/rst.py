@@ -32,7 +32,7 @@ class RST(SharpnessAware):
     Zhao et al. 2022, https://arxiv.org/abs/2203.09962.
 
     >>> opt = samkern.RST(torch.nn.Linear(2, 1).parameters(), torch.optim.SGD, lr=0.1, schedule="cosine-up", total_steps=100)
-    >>> opt.schedule.probability(50)
+    >>> round(opt.schedule.probability(50), 6)
     0.5
     """
 
