@@ -60,6 +60,11 @@ def _check_tensor(what: str, x: Tensor, like: Tensor, *, written: bool) -> None:
         )
 
 
+def row_major(tensors: Tensors) -> list[Tensor]:
+    """Copies of those that are not; what is not even dense is left to the checks."""
+    return [x.contiguous() if x.layout == torch.strided else x for x in tensors]
+
+
 def check_mask(mask: BitMask, like: Tensors) -> None:
     """Raises ``ValueError`` unless ``mask`` is over tensors of these shapes, on their device."""
     shapes = tuple(x.shape for x in like)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..bitmask import BitMask
-from .dispatch import Tensors, check_mask, implementation
+from .dispatch import Tensors, check_mask, implementation, row_major
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def topk_mask(scores: Tensors, k: int, *, nan: str = "raise", backend: str | Non
     """
     if nan not in ("raise", "last"):
         raise ValueError(f"nan must be 'raise' or 'last', got {nan!r}")
-    scores = [x.contiguous() for x in scores]
+    scores = row_major(scores)
     n = sum(x.numel() for x in scores)
     if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= n:
         raise ValueError(f"k must be an integer from 0 to the number of scores, {n}, got {k!r}")
@@ -85,7 +85,7 @@ def drop_grow_mask(
     """
     check_mask(mask, g)
     _check_counts(n=n, t=t)
-    rows = [x.contiguous() for x in g]
+    rows = row_major(g)
     if rows:
         run = implementation("drop_grow_mask", backend, reads={"g": rows}, writes={})
         run(mask.bits, rows, n, _signed(seed), t, drops=True, regrow=regrow, skip=skip)
@@ -108,7 +108,7 @@ def grow_mask(mask: BitMask, like: Tensors, n: int, *, seed: int = 0, t: int = 0
     check_mask(mask, like)
     _check_counts(n=n, t=t)
     # What is not row-major need not be copied for its shape.
-    rows = [x if x.is_contiguous() else x.new_empty(x.shape) for x in like]
+    rows = [x.new_empty(x.shape) if x.layout == torch.strided and not x.is_contiguous() else x for x in like]
     if rows:
         run = implementation("drop_grow_mask", backend, reads={"like": rows}, writes={})
         run(mask.bits, rows, n, _signed(seed), t, drops=False)

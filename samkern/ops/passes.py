@@ -277,7 +277,7 @@ def _given(**lists: Tensors) -> dict[str, Tensors]:
 
 def _dense(tensors: Tensors) -> Tensors:
     """The list that lays out a call that writes nothing: what has gaps or overlaps itself (an expanded gradient) is copied."""
-    return [x if x.is_contiguous() or is_dense(x) else x.contiguous() for x in tensors]
+    return [x if x.layout != torch.strided or is_dense(x) else x.contiguous() for x in tensors]
 
 
 def _bits(mask: BitMask | None, like: Tensors) -> Tensor | None:
