@@ -40,15 +40,10 @@ def _passes(opt: SharpnessAware, keeper: PlanKeeper) -> list[str]:
     update = (
         f"{why}, in the pass that restores the weights" if rule else f"{name}.step() after restoring, because {why}"
     )
-    choices = ", ".join(
-        f"{kind} {type(choice).__name__ if choice else 'nothing'}"
-        for kind, choice in (
-            ("perturbation", opt.perturbation),
-            ("mask", opt.mask),
-            ("schedule", opt.schedule),
-            ("reuse", opt.reuse),
-        )
-    )
+    kinds = {"perturbation": opt.perturbation, "mask": opt.mask, "schedule": opt.schedule, "reuse": opt.reuse}
+    if opt.mask is None:
+        del kinds["mask"]
+    choices = ", ".join(f"{kind} {type(choice).__name__ if choice else 'nothing'}" for kind, choice in kinds.items())
     return [f"{type(opt).__name__}: {choices}", f"backend: {backend}", f"update: {update}"]
 
 
