@@ -20,6 +20,7 @@ BUILT = [name for name, backend in samkern.backends().items() if backend.availab
 # Without a GPU its kernels run on the CPU, thread by thread. Triton's run in its interpreter if TRITON_INTERPRET=1.
 EMULATED = "cuda" not in BUILT and not emulator.why_not()
 AVAILABLE = [*BUILT, *(["cuda"] if EMULATED else [])]
+ABOVE_THE_PLAN = ("test_ssam.py", "test_schedules.py")
 _taken = collections.Counter()  # tests by backend
 
 if ON_GPU:  # many tests compare whole trainings bit by bit
@@ -79,8 +80,9 @@ def on_cpu(name):
 def thinned(items):
     """What to run where kernels for GPUs run on the CPU: a test has hundreds of cells, and one of them takes seconds.
 
-    The emulator takes a diagonal of each grid of methods and bases, so that every method and every base has its turn.
-    Triton's interpreter, many times slower, takes one cell of each test, another one in every test.
+    The emulator takes a diagonal of each grid of methods and bases, so that every method and every base has its turn, and so
+    does the reference, which every other backend is compared with. Triton's interpreter, many times slower, takes one cell
+    of each test, another one in every test, and of what is decided above the plan every fourth test only.
     """
     cells = collections.defaultdict(list)
     for item in items:
@@ -88,17 +90,18 @@ def thinned(items):
         name, method, base = (params.get(key) for key in ("backend", "method", "base"))
         if on_cpu("triton") and "triton" in (name, params.get("fast")):
             cells[item.path, item.originalname].append(item)
-        elif on_cpu(name) and method in METHODS and base in BASES:
+        elif (on_cpu(name) or name == "reference") and method in METHODS and base in BASES:
             if (METHODS.index(method) - BASES.index(base)) % len(BASES) == 0:
                 yield item
         else:
             yield item
-    for i, same_test in enumerate(cells.values()):
-        yield same_test[i % len(same_test)]
+    for i, ((path, _), same_test) in enumerate(cells.items()):
+        if path.name not in ABOVE_THE_PLAN or i % 4 == 0:
+            yield same_test[i % len(same_test)]
 
 
 def pytest_collection_modifyitems(config, items):
-    """``SAMKERN_ALL_GRIDS=1`` leaves out nothing: half an hour more for the emulator, hours for the interpreter."""
+    """``SAMKERN_ALL_GRIDS=1`` leaves out nothing: half an hour more, and hours for the interpreter."""
     if os.environ.get("SAMKERN_ALL_GRIDS") != "1":
         kept = set(thinned(items))
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
