@@ -23,8 +23,8 @@ using at::Tensor;
 using ClimbTuple = std::tuple<int32_t, double, double, double, std::optional<Tensor>>;
 // lr, weight_decay, momentum, dampening, nesterov, beta1, beta2, eps, lr on the device
 using BaseTuple = std::tuple<double, double, double, double, bool, double, double, double, std::optional<Tensor>>;
-using MixTuple =
-    std::tuple<int32_t, int32_t, double, std::vector<double>>;  // mix, scope, min_sine, alpha of each group
+// mix, scope, min_sine, alpha of each group, weights of each tensor
+using MixTuple = std::tuple<int32_t, int32_t, double, std::vector<double>, std::optional<Tensor>>;
 
 const std::vector<std::string> kReportFields = {"grad_norm",     "second_norm",    "update_norm",   "perturb_norm",
                                                 "realised_norm", "realised_share", "skipped_first", "skipped_second"};
@@ -166,6 +166,7 @@ class Plan {
     bound_.bind(state, std::move(keys));
     std::unordered_map<PyObject*, size_t> index;
     for (size_t t = 0; t < params_.size(); ++t) index[PyList_GET_ITEM(objects_.ptr(), static_cast<Py_ssize_t>(t))] = t;
+    momentum_sq_known_ = false;
     std::vector<Tensor>* rows[] = {&state1_, &state2_, &step_};
     for (std::vector<Tensor>* row : rows) row->assign(params_.size(), Tensor());
     bound_.for_each([&](PyObject* param, size_t key, const Tensor& value) {
@@ -174,7 +175,7 @@ class Plan {
     });
   }
 
-  void bind_cache(size_t index, Tensor cache) { cache_.at(index) = std::move(cache); }
+  void bind_cache(size_t index, std::optional<Tensor> cache) { cache_.at(index) = std::move(cache).value_or(Tensor()); }
 
   // Bits of the mask of one tensor, in the order of its memory; none: every entry is perturbed.
   void bind_mask(size_t index, std::optional<Tensor> bits) {
@@ -205,45 +206,42 @@ class Plan {
   // a mix that reads them and to be put back by restore().
   void perturb(const std::vector<ClimbTuple>& climbs, bool keep, const Tensor& report, const ScalingTuple& scaling,
                bool renormalise) {
-    std::vector<ClimbGroup> groups;
-    for (const auto& [climb, rho, eta, trust_clip, on_device] : climbs) {
-      groups.push_back({static_cast<Climb>(climb), scalar(rho, on_device, "rho"), eta, trust_clip});
-      if (groups.back().climb == Climb::kFilter) tables_.use_filters();
-    }
-    PlanView& plan = tables_.view;
     copies_.clear();
     bind_weights();
-    bind_gradients(plan.first, /*written=*/false);
-    bind_saved(groups);
-    for_tensors(mask_.size(), [&](size_t t) {
-      plan.mask[t] = {mask_[t].defined() && plan.numel[t] > 0 ? mask_[t].data_ptr() : nullptr, Dtype::kFloat32};
-    });
-    PerturbOptions options{.climbs = groups.data(),
-                           .n_groups = static_cast<int32_t>(groups.size()),
-                           .scaling = scaling_of(scaling),
-                           .report = report.mutable_data_ptr<double>(),
-                           .renormalise = renormalise};
-    const Tensor table = table_of(groups, options.climb_table);
-    {
-      py::gil_scoped_release unlocked;
-      if (device_) {
-        device_functions()->perturb(device_->upload(plan), options, index());
-      } else {
-        cpu::perturb(plan, options, torch_pool());
-      }
-    }
-    perturbed_ = true;
-    kept_ = keep;
+    bind_gradients(tables_.view.first, /*written=*/false);
+    climb(climbs, {.scaling = scaling_of(scaling), .renormalise = renormalise}, report);
+    gave_gradients_ = true;
     for (size_t t = 0; t < params_.size(); ++t) {
-      const Tensor& p = params_[t];
-      bump_version(p);
-      Tensor& grad = p.mutable_grad();
+      Tensor& grad = params_[t].mutable_grad();
       if (keep) {
         first_[t] = std::move(grad);
       } else {
         grad.reset();
       }
     }
+  }
+
+  // The same against the first moments, which an update leaves with their sums of squares. Gradients stay.
+  void perturb_along_momentum(const std::vector<ClimbTuple>& climbs, const Tensor& report, bool renormalise) {
+    if (!momentum_sq_.defined()) momentum_sq_ = at::zeros({n_tensors()}, cache_norm_.options());
+    bind_weights();
+    for_tensors(params_.size(), [&](size_t t) {
+      const bool moves = state1_[t].defined() && params_[t].requires_grad();
+      tables_.view.first[t] = moves ? operand(state1_[t]) : Operand{};
+    });
+    const bool plain = std::all_of(climbs.begin(), climbs.end(), [](const ClimbTuple& climb) {
+      const auto how = static_cast<Climb>(std::get<0>(climb));
+      return how == Climb::kEuclidean || how == Climb::kSign;
+    });
+    const bool known = momentum_sq_known_ && plain && !renormalise;
+    climb(climbs,
+          {.renormalise = renormalise,
+           .along_momentum = true,
+           .momentum_sq = known ? momentum_sq_.const_data_ptr<double>() : nullptr},
+          report);
+    if (known || momentum_sq_known_) return;
+    copy_sums(kAA, momentum_sq_);
+    momentum_sq_known_ = true;
   }
 
   // Undoes perturb(): weights bitwise, gradients if they were kept.
@@ -258,23 +256,25 @@ class Plan {
         cpu::restore(tables_.view, torch_pool());
       }
     }
-    for (size_t t = 0; t < params_.size(); ++t) params_[t].mutable_grad() = first_[t];
+    for (size_t t = 0; gave_gradients_ && t < params_.size(); ++t) params_[t].mutable_grad() = first_[t];
     finish();
   }
 
   void update(int32_t base, const std::vector<BaseTuple>& base_groups, const MixTuple& mix, bool looked, bool check,
               double max_grad_norm, const Tensor& report, const ScalingTuple& scaling) {
-    const auto& [kind, scope, min_sine, alpha] = mix;
+    const auto& [kind, scope, min_sine, alpha, weights] = mix;
     UpdateOptions options;
     options.base = static_cast<Base>(base);
     options.looked = looked;
     options.check = check;
     options.restores = perturbed_;
-    options.mix = {static_cast<Mix>(kind), static_cast<Scope>(scope), min_sine, cache_norm_.mutable_data_ptr<double>()};
+    options.mix = {static_cast<Mix>(kind), static_cast<Scope>(scope), min_sine, cache_norm_.mutable_data_ptr<double>(),
+                   weights_of(weights)};
     options.scaling = scaling_of(scaling);
     options.max_grad_norm = max_grad_norm;
     options.report = report.mutable_data_ptr<double>();
     options.skips = skips_.mutable_data_ptr<int64_t>();
+    if (momentum_sq_.defined()) options.momentum_sq = momentum_sq_.mutable_data_ptr<double>();
     std::vector<BaseGroup> groups;
     for (const auto& [lr, weight_decay, momentum, dampening, nesterov, beta1, beta2, eps, on_device] : base_groups) {
       groups.push_back(
@@ -285,7 +285,8 @@ class Plan {
     options.groups = groups.data();
     options.n_groups = static_cast<int32_t>(groups.size());
     const Tensor table = table_of(groups, options.group_table);
-    const bool changes_u = max_grad_norm > 0 || options.mix.mix == Mix::kReuse || options.scaling.grad_scale != nullptr;
+    const bool mixes = adds_cache(options.mix.mix) || options.mix.mix == Mix::kBlend;
+    const bool changes_u = max_grad_norm > 0 || mixes || options.scaling.grad_scale != nullptr;
     options.hands_over = options.base == Base::kNone && changes_u;
     const bool adam = options.base == Base::kAdam || options.base == Base::kAdamW;
     PlanView& plan = tables_.view;
@@ -295,8 +296,8 @@ class Plan {
     Operand* const grads = looked ? plan.grad : plan.first;
     bind_gradients(grads, options.hands_over);
     if (options.base == Base::kNone) std::copy_n(grads, params_.size(), plan.out);
-    if (options.mix.mix == Mix::kDecompose) bind_first();
-    if (options.mix.mix != Mix::kGradient) bind_row(plan.cache, cache_);
+    if (fills_cache(options.mix.mix) || options.mix.mix == Mix::kBlend) bind_first();
+    if (fills_cache(options.mix.mix) || adds_cache(options.mix.mix)) bind_row(plan.cache, cache_);
     if (options.base != Base::kNone) bind_row(plan.state1, state1_);
     if (adam) bind_row(plan.state2, state2_);
     if (adam) bind_row(plan.step, step_);
@@ -315,6 +316,53 @@ class Plan {
 
  private:
   int index() const { return params_[0].get_device(); }
+  int64_t n_tensors() const { return static_cast<int64_t>(params_.size()); }
+
+  // Saves the weights and moves them by the directions in plan.first.
+  void climb(const std::vector<ClimbTuple>& climbs, PerturbOptions options, const Tensor& report) {
+    std::vector<ClimbGroup> groups;
+    for (const auto& [climb, rho, eta, trust_clip, on_device] : climbs) {
+      groups.push_back({static_cast<Climb>(climb), scalar(rho, on_device, "rho"), eta, trust_clip});
+      if (groups.back().climb == Climb::kFilter) tables_.use_filters();
+    }
+    PlanView& plan = tables_.view;
+    bind_saved(groups);
+    for_tensors(mask_.size(), [&](size_t t) {
+      plan.mask[t] = {mask_[t].defined() && plan.numel[t] > 0 ? mask_[t].data_ptr() : nullptr, Dtype::kFloat32};
+    });
+    options.climbs = groups.data();
+    options.n_groups = static_cast<int32_t>(groups.size());
+    options.report = report.mutable_data_ptr<double>();
+    const Tensor table = table_of(groups, options.climb_table);
+    {
+      py::gil_scoped_release unlocked;
+      if (device_) {
+        device_functions()->perturb(device_->upload(plan), options, index());
+      } else {
+        cpu::perturb(plan, options, torch_pool());
+      }
+    }
+    perturbed_ = true;
+    for (const Tensor& p : params_) bump_version(p);
+  }
+
+  // A row of plan.sums, as the latest pass left it.
+  void copy_sums(Sum which, Tensor& to) {
+    if (device_) {
+      to.copy_(device_->workspace(device_->upload(tables_.view).sums_of(which), to.numel()));
+    } else {
+      std::copy_n(tables_.view.sums_of(which), to.numel(), to.mutable_data_ptr<double>());
+    }
+  }
+
+  const double* weights_of(const std::optional<Tensor>& weights) const {
+    if (!weights) return nullptr;
+    TORCH_CHECK_VALUE(weights->scalar_type() == at::kDouble && weights->is_contiguous() &&
+                          weights->numel() == n_tensors() && weights->device() == params_[0].device(),
+                      "weights must be contiguous float64 with ", n_tensors(), " entries on ", params_[0].device(),
+                      ", got ", weights->scalar_type(), " ", weights->sizes(), " on ", weights->device());
+    return weights->const_data_ptr<double>();
+  }
 
   Scalar scalar(double host, const std::optional<Tensor>& on_device, const char* name) const {
     return {host, device_scalar(on_device, name)};
@@ -447,8 +495,8 @@ class Plan {
 
   void finish() {
     for_tensors(params_.size(), [&](size_t t) { bump_version(params_[t]); });
-    if (kept_) first_.assign(params_.size(), Tensor());
-    perturbed_ = kept_ = false;
+    if (gave_gradients_) first_.assign(params_.size(), Tensor());
+    perturbed_ = gave_gradients_ = false;
   }
 
   py::list objects_;
@@ -461,7 +509,10 @@ class Plan {
   std::vector<Tensor> arenas_, copies_;
   BoundState bound_;
   Tensor cache_norm_, fresh_, skips_;
-  bool perturbed_ = false, kept_ = false;
+  // Sums of squares of state1_, from the first climb along the momentum on.
+  Tensor momentum_sq_;
+  bool momentum_sq_known_ = false;
+  bool perturbed_ = false, gave_gradients_ = false;
 };
 
 }  // namespace
@@ -490,6 +541,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("missing_cache", &Plan::missing_cache)
       .def("perturb", &Plan::perturb, py::arg("climbs"), py::arg("keep"), py::arg("report"),
            py::arg("scaling") = samkern::ScalingTuple(), py::arg("renormalise") = false)
+      .def("perturb_along_momentum", &Plan::perturb_along_momentum, py::arg("climbs"), py::arg("report"),
+           py::arg("renormalise") = false)
       .def("restore", &Plan::restore)
       .def("update", &Plan::update, py::arg("base"), py::arg("groups"), py::arg("mix"), py::arg("looked"),
            py::arg("check"), py::arg("max_grad_norm"), py::arg("report"), py::arg("scaling") = samkern::ScalingTuple());

@@ -23,6 +23,9 @@ struct PerturbOptions {
   Scaling scaling;                          // of plan.first
   double* report = nullptr;                 // [kNReport], written
   bool renormalise = false;                 // the norm that eps is divided by is that of the masked gradient
+  // plan.first are first moments, against which w moves. `scaling` has nothing to undo then.
+  bool along_momentum = false;
+  const double* momentum_sq = nullptr;  // [n_tensors] their sums of squares, if known: then nothing is reduced
 };
 
 struct UpdateOptions {
@@ -31,17 +34,18 @@ struct UpdateOptions {
   int32_t n_groups = 0;
   const BaseGroup* group_table = nullptr;  // a copy on the device, where a launch cannot carry that many
   MixOptions mix;
-  Scaling scaling;           // of plan.grad and plan.first
-  bool looked = false;       // plan.grad was taken at w + eps
-  bool restores = true;      // plan.saved holds the weights where it has an address; else it is not read
-  bool hands_over = false;   // u goes to plan.out
-  bool check = true;         // skip the step if plan.grad is not finite
-  double max_grad_norm = 0;  // 0: no clipping
-  double* report = nullptr;  // [kNReport], as perturb left it if the step looked; else written
-  int64_t* skips = nullptr;  // counts skipped steps
+  Scaling scaling;                // of plan.grad and plan.first
+  bool looked = false;            // plan.grad was taken at w + eps
+  bool restores = true;           // plan.saved holds the weights where it has an address; else it is not read
+  bool hands_over = false;        // u goes to plan.out
+  bool check = true;              // skip the step if plan.grad is not finite
+  double max_grad_norm = 0;       // 0: no clipping
+  double* report = nullptr;       // [kNReport], as perturb left it if the step looked; else written
+  int64_t* skips = nullptr;       // counts skipped steps
+  double* momentum_sq = nullptr;  // [n_tensors] the sum of squares of every state1 that is written; null: not wanted
 
   // Whether sums over the gradients are needed before the update may begin.
-  bool reduces() const { return check || max_grad_norm > 0 || mix.mix != Mix::kGradient; }
+  bool reduces() const { return check || max_grad_norm > 0 || mix.mix == Mix::kDecompose || mix.mix == Mix::kReuse; }
 };
 
 // What a caller who has his own scalars tells the apply phase of an update. Null: does not skip, factor 1.

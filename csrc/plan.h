@@ -124,12 +124,18 @@ SAMKERN_INLINE Climb climb_of(const ClimbGroup& group, const Filters& filters) {
   return group.climb == Climb::kFilter && filters.count == 0 ? Climb::kElement : group.climb;
 }
 
-// What the base optimizer receives: u = A a + B b.
+// What the base optimizer receives: u = A a + B b. Values are shared with samkern/options.py.
 enum class Mix : int32_t {
-  kGradient,   // u = grad
-  kDecompose,  // u = grad; cache = grad - k first, the part of grad orthogonal to first
-  kReuse,      // u = grad + alpha norm(grad) / norm(cache) cache
+  kGradient,    // u = grad
+  kDecompose,   // u = grad; cache = grad - k first, the part of grad orthogonal to first
+  kReuse,       // u = grad + alpha norm(grad) / norm(cache) cache
+  kDifference,  // u = grad; cache = grad - first
+  kAdd,         // u = grad + alpha cache
+  kBlend,       // u = alpha grad + (1 - alpha) first
 };
+
+SAMKERN_INLINE constexpr bool fills_cache(Mix mix) { return mix == Mix::kDecompose || mix == Mix::kDifference; }
+SAMKERN_INLINE constexpr bool adds_cache(Mix mix) { return mix == Mix::kReuse || mix == Mix::kAdd; }
 
 enum class Scope : int32_t { kGlobal, kTensor };
 
@@ -138,6 +144,7 @@ struct MixOptions {
   Scope scope = Scope::kGlobal;
   double min_sine = 0;           // a cache no longer than this share of norm(grad) is rounding residue: never reused
   double* cache_norm = nullptr;  // [n_tensors + 1] per tensor, then over all; kept between steps; 0: not to be reused
+  const double* weights = nullptr;  // [n_tensors] of kAdd: factors on alpha; null: 1
 };
 
 enum class Base : int32_t { kNone, kSgd, kAdam, kAdamW };
@@ -148,7 +155,7 @@ struct BaseGroup {
   double momentum = 0, dampening = 0;  // SGD
   bool nesterov = false;
   double beta1 = 0, beta2 = 0, eps = 0;  // Adam, AdamW
-  double alpha = 0;                      // weight of a reused cache
+  double alpha = 0;                      // of kReuse, kAdd and kBlend
 };
 
 // What a step tells about itself: one row of doubles on the device of the parameters, read only when somebody asks.

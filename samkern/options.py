@@ -17,9 +17,24 @@ class Climb(IntEnum):
 
 
 class Mix(IntEnum):
-    """What the base optimizer receives."""
+    """What the base optimizer receives, ``u``, and what is kept. ``g`` is the gradient at ``w``, ``g_s`` at ``w + eps``.
 
-    GRADIENT, DECOMPOSE, REUSE = range(3)
+    GRADIENT: ``u = `` the latest gradient. After a look, DECOMPOSE: ``u = g_s``, and ``c`` is its part orthogonal to ``g``.
+    DIFFERENCE: the same with ``c = g_s - g``. BLEND: ``u = alpha g_s + (1 - alpha) g``. Without one, REUSE:
+    ``u = g + alpha norm(g) / norm(c) c``. ADD: ``u = g + alpha c``.
+    """
+
+    GRADIENT, DECOMPOSE, REUSE, DIFFERENCE, ADD, BLEND = range(6)
+
+    @property
+    def fills_cache(self) -> bool:
+        """Whether it writes ``c``, of the tensors that have a cache."""
+        return self in (Mix.DECOMPOSE, Mix.DIFFERENCE)
+
+    @property
+    def adds_cache(self) -> bool:
+        """Whether it reads ``c``."""
+        return self in (Mix.REUSE, Mix.ADD)
 
 
 class Scope(IntEnum):
@@ -71,12 +86,16 @@ class ClimbGroup(NamedTuple):
 
 
 class MixOptions(NamedTuple):
-    """What to feed the base. ``alpha``: weight of a reused cache in each param group."""
+    """What to feed the base. ``alpha``: see ``Mix``, one for each param group.
+
+    ``weights``: of ADD, a factor on ``alpha`` for each parameter: float64, on their device. None: 1.
+    """
 
     mix: Mix = Mix.GRADIENT
     scope: Scope = Scope.GLOBAL
     min_sine: float = 0.0
     alpha: Sequence[float] = ()
+    weights: Tensor | None = None
 
 
 class Scaling(NamedTuple):

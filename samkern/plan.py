@@ -85,8 +85,8 @@ class TensorPlan(Protocol):
     def bind_state(self, state: Mapping[Any, Any], keys: Sequence[str]) -> None:
         """Takes the base's state: for each parameter a dict that may have ``keys`` (first moment, second moment, step)."""
 
-    def bind_cache(self, index: int, cache: Tensor) -> None:
-        """Gives parameter ``index`` its cache."""
+    def bind_cache(self, index: int, cache: Tensor | None) -> None:
+        """Gives parameter ``index`` its cache. ``None``: has none, so that no mix changes what it kept, or its norm."""
 
     def bind_mask(self, index: int, bits: Tensor | None) -> None:
         """Where a bit is 0, ``perturb`` leaves the entry of parameter ``index`` as it is. ``None``: all are perturbed.
@@ -122,8 +122,14 @@ class TensorPlan(Protocol):
         Everything is as if gradients with a loss scale had been divided by it before; they are not written.
         """
 
+    def perturb_along_momentum(self, climbs: Sequence[ClimbGroup], report: Tensor, renormalise: bool = False) -> None:
+        """First half-step of a method whose only pass is at ``w + eps``: as ``perturb``, but for ``eps`` along minus the first
+        moments that the bound state has (zero where there is none), and ``p.grad`` stays as it is. Parameters that do not
+        require a gradient stay too. In ``report``, GRAD_NORM is 0.
+        """
+
     def restore(self) -> None:
-        """Undoes ``perturb``: weights bitwise, and gradients if they were kept."""
+        """Undoes a perturbation: weights bitwise, and gradients if ``perturb`` has kept them."""
 
     def update(
         self,

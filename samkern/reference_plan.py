@@ -44,7 +44,7 @@ class ReferencePlan:
         self._first: dict[int, Tensor] = {}
         self._layouts = _layouts(params)
         self.bind_state({}, ())
-        self.perturbed = False
+        self.perturbed = self._gave_gradients = False  # whether the parameters have given up their gradients
 
     def fits(self, groups: list[dict[str, Any]]) -> bool:
         params = [p for group in groups for p in group["params"]]
@@ -64,8 +64,11 @@ class ReferencePlan:
     def _values_of(self, state: Mapping[Any, Any]) -> list[Any]:
         return [state.get(p, {}).get(key) for p in self._params for key in self._keys]
 
-    def bind_cache(self, index: int, cache: Tensor) -> None:
-        self._cache[index] = cache
+    def bind_cache(self, index: int, cache: Tensor | None) -> None:
+        if cache is None:
+            self._cache.pop(index, None)
+        else:
+            self._cache[index] = cache
 
     def bind_mask(self, index: int, bits: Tensor | None) -> None:
         if bits is None:
@@ -99,24 +102,37 @@ class ReferencePlan:
         renormalise: bool = False,
     ) -> None:
         grads = self._gradients()
-        report.zero_()
-        scale, finite = self._climb_scales(grads, climbs, report, scaling, renormalise)
-        scale = torch.where(finite, scale, math.nan)
-        chosen = [i for i in grads if climbs[self._group[i]].perturbs]
-        self._saved = {i: self._params[i].detach().clone() for i in chosen}
-        self._first = grads if keep else {}
-        self.perturbed = True  # from here on an interrupt finds all that restore() needs
-        for i in chosen:
-            self._climb(i, [self._params[i]], grads, self._saved[i], scale, climbs)
-        self._report_realised(grads, scale, climbs, report)
+        scale = self._climb_scales(grads, climbs, report, scaling, renormalise)
+        self._first, self._gave_gradients = grads if keep else {}, True
+        self._climb_all(grads, scale, climbs, report)
         for p in self._params:
             p.grad = None
+
+    def perturb_along_momentum(self, climbs: Sequence[ClimbGroup], report: Tensor, renormalise: bool = False) -> None:
+        momentum = {
+            i: self._state[p][self._keys[0]]
+            for i, p in enumerate(self._params)
+            if p.requires_grad and self._keys and self._keys[0] in self._state.get(p, {})
+        }
+        scale = self._climb_scales(momentum, climbs, report, UNSCALED, renormalise)
+        report[Report.GRAD_NORM] = 0
+        self._climb_all(momentum, -scale, climbs, report)
+
+    def _climb_all(
+        self, directions: dict[int, Tensor], scale: Tensor, climbs: Sequence[ClimbGroup], report: Tensor
+    ) -> None:
+        chosen = [i for i in directions if climbs[self._group[i]].perturbs]
+        self._saved = {i: self._params[i].detach().clone() for i in chosen}
+        self.perturbed = True  # from here on an interrupt finds all that restore() needs
+        for i in chosen:
+            self._climb(i, [self._params[i]], directions, self._saved[i], scale, climbs)
+        self._report_realised(directions, scale, climbs, report)
 
     def restore(self) -> None:
         if not self.perturbed:
             return
         self._restore_weights()
-        for i, p in enumerate(self._params):
+        for i, p in enumerate(self._params if self._gave_gradients else ()):
             p.grad = self._first.get(i)
         self._finish()
 
@@ -137,7 +153,7 @@ class ReferencePlan:
         inverse = self._unscale(scaling)
         sums = self._pair_sums(grads, mix.mix)
         sums *= (
-            torch.stack([inverse * inverse, inverse, inverse * 0 + 1])[:, None] if mix.mix == Mix.REUSE else inverse**2
+            torch.stack([inverse * inverse, inverse, inverse * 0 + 1])[:, None] if mix.mix.adds_cache else inverse**2
         )
         grad_sq = sums[2] if mix.mix == Mix.DECOMPOSE else sums[0]
         skip = report[Report.SKIPPED_FIRST] != 0
@@ -147,16 +163,20 @@ class ReferencePlan:
         report[Report.SKIPPED_SECOND if looked else Report.SKIPPED_FIRST] += bad & ~skip
         skip = skip | bad
         report[Report.SECOND_NORM if looked else Report.GRAD_NORM] = grad_sq[-1].sqrt()
-        coeff = self._mix_coeffs(sums, mix)
+        gain, coeff = self._mix_coeffs(sums, mix)
         clip = None
         if max_grad_norm > 0:
-            report[Report.UPDATE_NORM] = self._update_norm(grads, sums, coeff, mix.mix, grad_sq)
+            report[Report.UPDATE_NORM] = self._update_norm(grads, sums, gain, coeff, mix.mix, grad_sq)
             clip = reference.clip_factor(max_grad_norm, report[Report.UPDATE_NORM])
-        if mix.mix == Mix.DECOMPOSE:
+        if mix.mix.fills_cache:
             self._write_cache(grads, coeff, mix, grad_sq, skip, inverse)
         self._skips += skip
         undone = inverse if scaling.grad_scale is not None else None
-        self._step(base, groups, mix.mix, grads, coeff, clip, skip, undone)
+        if mix.mix == Mix.BLEND:  # both gradients have the loss scale
+            gain, coeff = gain * inverse, coeff * inverse
+        elif undone is not None:
+            gain = gain * undone
+        self._step(base, groups, self._added(mix.mix, grads), grads, gain, coeff, clip, skip, undone)
         self._finish()
 
     # ---- the pieces, in the order in which the half-steps use them
@@ -191,8 +211,9 @@ class ReferencePlan:
         report: Tensor,
         scaling: Scaling,
         renormalise: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Scale of every parameter, and whether all sums are finite."""
+    ) -> Tensor:
+        """Scale of every parameter; NaN if a sum is not finite."""
+        report.zero_()
         sums = self._zeros(5)
         for i, g in grads.items():
             group = climbs[self._group[i]]
@@ -221,7 +242,7 @@ class ReferencePlan:
         finite = finite & ~self._found_inf(scaling)
         report[Report.GRAD_NORM], report[Report.PERTURB_NORM] = aa[-1].sqrt(), norm
         report[Report.SKIPPED_FIRST] = (~finite).double()
-        return scale, finite
+        return torch.where(finite, scale, math.nan)
 
     def _climb(
         self,
@@ -254,8 +275,8 @@ class ReferencePlan:
         report[Report.REALISED_SHARE] = moved_eps / eps_sq  # NaN: nothing was measured
 
     def _pair_sums(self, grads: dict[int, Tensor], mix: Mix) -> Tensor:
-        """Sums over (first, grad) for a decomposition, else over (grad, cache). What is missing counts as zero."""
-        a, b = (self._first, grads) if mix == Mix.DECOMPOSE else (grads, self._cache if mix == Mix.REUSE else {})
+        """Sums over (first, grad) for a decomposition, else over (grad, what is added). What is missing counts as zero."""
+        a, b = (self._first, grads) if mix == Mix.DECOMPOSE else (grads, self._added(mix, grads))
         sums = self._zeros(3)
         for i, p in enumerate(self._params):
             if i in a or (i in b and i in grads):
@@ -264,21 +285,36 @@ class ReferencePlan:
         sums[:, -1] = sums[:, :-1].sum(1)
         return sums
 
-    def _mix_coeffs(self, sums: Tensor, mix: MixOptions) -> Tensor:
-        """``k`` of a decomposition or ``B`` of a reuse, per parameter."""
-        n = len(self._params)
-        aa, ab = (row[-1:].expand(n) if mix.scope == Scope.GLOBAL else row[:-1] for row in sums[:2])
-        if mix.mix != Mix.REUSE:
-            return reference.project_coeff(ab, aa)
-        kept = self._cache_norm[-1:].expand(n) if mix.scope == Scope.GLOBAL else self._cache_norm[:-1]
-        alpha = torch.tensor([mix.alpha[j] for j in self._group], dtype=torch.float64, device=aa.device)
-        return reference.reuse_coeff(alpha, aa, kept)
+    def _added(self, mix: Mix, grads: dict[int, Tensor]) -> dict[int, Tensor]:
+        """What the mix adds to gradients."""
+        if mix == Mix.BLEND:
+            return {i: self._first.get(i, torch.zeros_like(g)) for i, g in grads.items()}
+        return self._cache if mix.adds_cache else {}
 
-    def _update_norm(self, grads: dict[int, Tensor], sums: Tensor, coeff: Tensor, mix: Mix, grad_sq: Tensor) -> Tensor:
-        if mix != Mix.REUSE:
+    def _mix_coeffs(self, sums: Tensor, mix: MixOptions) -> tuple[Tensor, Tensor]:
+        """``A`` and ``B`` in ``A grad + B added`` per parameter; where a cache is filled, ``B`` is ``k`` in ``g_s - k g``."""
+        n = len(self._params)
+        one = torch.ones(n, dtype=torch.float64, device=sums.device)
+        if mix.mix in (Mix.GRADIENT, Mix.DIFFERENCE):
+            return one, one
+        aa, ab = (row[-1:].expand(n) if mix.scope == Scope.GLOBAL else row[:-1] for row in sums[:2])
+        if mix.mix == Mix.DECOMPOSE:
+            return one, reference.project_coeff(ab, aa)
+        alpha = torch.tensor([mix.alpha[j] for j in self._group], dtype=torch.float64, device=aa.device)
+        if mix.mix == Mix.BLEND:
+            return alpha, 1 - alpha
+        if mix.mix == Mix.ADD:
+            return one, alpha if mix.weights is None else alpha * mix.weights
+        kept = self._cache_norm[-1:].expand(n) if mix.scope == Scope.GLOBAL else self._cache_norm[:-1]
+        return one, reference.reuse_coeff(alpha, aa, kept)
+
+    def _update_norm(
+        self, grads: dict[int, Tensor], sums: Tensor, gain: Tensor, coeff: Tensor, mix: Mix, grad_sq: Tensor
+    ) -> Tensor:
+        if not mix.adds_cache and mix != Mix.BLEND:
             return grad_sq[-1].sqrt()
         has_grad = torch.tensor([i in grads for i in range(len(self._params))], device=sums.device)
-        terms = grad_sq[:-1] + coeff * (2 * sums[1, :-1] + coeff * sums[2, :-1])
+        terms = gain * gain * grad_sq[:-1] + coeff * (2 * gain * sums[1, :-1] + coeff * sums[2, :-1])
         return torch.where(has_grad, terms, 0.0).sum().clamp(min=0).sqrt()
 
     def _write_cache(
@@ -286,7 +322,7 @@ class ReferencePlan:
     ) -> None:
         cc = self._zeros(1)[0]
         for i, p in enumerate(self._params):
-            if i in grads:
+            if i in grads and i in self._cache:
                 written = torch.empty_like(self._cache[i])
                 first = self._first.get(i, torch.zeros_like(p))
                 second = grads[i].to(reference.math_dtype(p.dtype)) * inverse.to(reference.math_dtype(p.dtype))
@@ -306,27 +342,27 @@ class ReferencePlan:
         self,
         base: Base,
         groups: Sequence[BaseGroup],
-        mix: Mix,
+        added: dict[int, Tensor],
         grads: dict[int, Tensor],
+        gain: Tensor,
         coeff: Tensor,
         clip: Tensor | None,
         skip: Tensor,
         unscale: Tensor | None,
     ) -> None:
-        one = torch.ones((), dtype=torch.float64, device=coeff.device)
         for i, p in enumerate(self._params):
             saved = [self._saved[i]] if i in self._saved else []
             if saved and (i not in grads or base == Base.NONE):
                 reference.restore([p], saved)
             if i not in grads:
                 continue
-            cache = [self._cache[i]] if mix == Mix.REUSE and i in self._cache else []
+            cache = [added[i]] if i in added else []
             # A loss scale is undone by the coefficients if there are any, else by the factor.
             factor = clip if clip is None or unscale is None else clip * unscale
             parts: reference.Parts = {
                 "saved": saved,
                 "cache": cache,
-                "coeff_a": one if unscale is None else unscale,
+                "coeff_a": gain[i],
                 "coeff_b": coeff[i],
                 "clip": clip if cache else unscale if clip is None else factor,
                 "skip": skip,
@@ -362,4 +398,4 @@ class ReferencePlan:
 
     def _finish(self) -> None:
         self._saved, self._first = {}, {}
-        self.perturbed = False
+        self.perturbed = self._gave_gradients = False

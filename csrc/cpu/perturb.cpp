@@ -160,6 +160,20 @@ void report_realised(const PlanView& plan, double* report) {
   report[kRealisedShare] = sums[kEpsSq] > 0 ? sums[kMovedEps] / sums[kEpsSq] : NAN;
 }
 
+// The sums of a reduction that has been made while the moments were written.
+void take_momentum_sq(const PlanView& plan, const PerturbOptions& options) {
+  const int32_t n = plan.n_tensors;
+  double *aa = plan.sums_of(kAA), *ww = plan.sums_of(kWW), *tt = plan.sums_of(kTT);
+  aa[n] = ww[n] = tt[n] = 0;
+  for (int32_t t = 0; t < n; ++t) {
+    aa[t] = plan.first[t].address != nullptr ? options.momentum_sq[t] : 0;
+    ww[t] = 0;
+    tt[t] = value(options.climbs[plan.group[t]].rho) > 0 ? aa[t] : 0;
+    aa[n] += aa[t];
+    tt[n] += tt[t];
+  }
+}
+
 }  // namespace
 
 void perturb_apply(const PlanView& plan, const PerturbOptions& options, const Pool& pool) {
@@ -176,7 +190,11 @@ void perturb_apply(const PlanView& plan, const PerturbOptions& options, const Po
 }
 
 void perturb(const PlanView& plan, const PerturbOptions& options, const Pool& pool) {
-  reduce(plan, {.a = plan.first, .climbs = options.climbs, .masked = options.renormalise}, pool);
+  if (options.momentum_sq != nullptr) {
+    take_momentum_sq(plan, options);
+  } else {
+    reduce(plan, {.a = plan.first, .climbs = options.climbs, .masked = options.renormalise}, pool);
+  }
   const double inverse = unscale(options.scaling);
   scale_sums(plan, kAA, inverse * inverse);
   scale_sums(plan, kTT, inverse * inverse);
@@ -192,10 +210,10 @@ void perturb(const PlanView& plan, const PerturbOptions& options, const Pool& po
   const double* own = options.renormalise ? tt : gg;
   for (int32_t t = 0; t < n; ++t) {
     const double scale = scalars::climb_scale(options.climbs[plan.group[t]], ww[t], own[t], norm, inverse);
-    plan.coeffs_of(kScale)[t] = finite ? scale : NAN;
+    plan.coeffs_of(kScale)[t] = finite ? (options.along_momentum ? -scale : scale) : NAN;
   }
   std::fill_n(options.report, static_cast<int>(kNReport), 0.0);
-  options.report[kGradNorm] = std::sqrt(gg[n]);
+  options.report[kGradNorm] = options.along_momentum ? 0 : std::sqrt(gg[n]);
   options.report[kPerturbNorm] = norm;
   options.report[kSkippedFirst] = finite ? 0 : 1;
   perturb_apply(plan, options, pool);

@@ -42,6 +42,12 @@ SAMKERN_CLONES void adam_range(const T* old, const T* u, int64_t n, const math::
   for (int64_t i = 0; i < n; ++i) w[i] = math::adam(old[i], u[i], m[i], v[i], o);
 }
 
+// What a mix adds to the gradient of a tensor; no address: nothing.
+Operand added_to(const PlanView& plan, Mix mix, int32_t tensor) {
+  if (adds_cache(mix)) return plan.cache[tensor];
+  return mix == Mix::kBlend ? plan.first[tensor] : Operand{};
+}
+
 // The update of one chunk, block by block.
 template <typename T>
 class ChunkUpdate {
@@ -49,24 +55,29 @@ class ChunkUpdate {
   ChunkUpdate(const PlanView& plan, const UpdateOptions& options, double clip, int32_t tensor, bool streamed)
       : plan_(plan),
         options_(options),
-        mixes_cache_(options.mix.mix == Mix::kReuse && plan.cache[tensor].address != nullptr),
+        fills_(fills_cache(options.mix.mix) && plan.cache[tensor].address != nullptr),
+        added_(added_to(plan, options.mix.mix, tensor)),
+        mixes_(options.mix.mix == Mix::kBlend || added_.address != nullptr),
         unscale_(static_cast<T>(unscale(options.scaling))),
-        // A cache's coefficients undo a loss scale.
-        factor_(static_cast<T>(mixes_cache_ ? clip : clip * unscale(options.scaling))),
+        // The coefficients of a mix undo a loss scale.
+        factor_(static_cast<T>(mixes_ ? clip : clip * unscale(options.scaling))),
         t_(tensor),
         saved_(options.restores && plan.saved[tensor].address != nullptr),
         streamed_(streamed && saved_) {}
 
   void run(const Span& chunk) {
     double cache_sq = 0;
+    momentum_sq_ = 0;
     for (int64_t at = chunk.at; at < chunk.at + chunk.n; at += kBlock) {
       const int64_t n = std::min(kBlock, chunk.at + chunk.n - at);
       const T* u = read(plan_.grad[t_], at, n, grad_);
-      if (options_.mix.mix == Mix::kDecompose) cache_sq += decompose(u, at, n);
-      if (mixes_cache_) u = reuse(u, at, n);
+      if (fills_) cache_sq += decompose(u, at, n);
+      if (mixes_) u = mix(u, at, n);
       step(u, at, n);
     }
-    plan_.partials[static_cast<int64_t>(chunk.chunk) * kNSums + kCC] = cache_sq;
+    double* partials = plan_.partials + static_cast<int64_t>(chunk.chunk) * kNSums;
+    partials[kCC] = cache_sq;
+    partials[kAA] = momentum_sq_;  // the sums over gradients have been folded
   }
 
  private:
@@ -85,8 +96,12 @@ class ChunkUpdate {
     return sum_squares(read(cache, at, n, mixed_), n);
   }
 
-  const T* reuse(const T* g, int64_t at, int64_t n) {
-    combine_range(g, read(plan_.cache[t_], at, n, other_), n, coeff(kMixA), coeff(kMixB), mixed_);
+  const T* mix(const T* g, int64_t at, int64_t n) {
+    if (added_.address == nullptr) {
+      scale_range(g, n, coeff(kMixA), mixed_);
+    } else {
+      combine_range(g, read(added_, at, n, other_), n, coeff(kMixA), coeff(kMixB), mixed_);
+    }
     return mixed_;
   }
 
@@ -128,7 +143,7 @@ class ChunkUpdate {
     if (group.momentum == 0) return sgd_range(old, u, n, o, updated);
     T* v = state(plan_.state1[t_], at, n, state1_);
     sgd_momentum_range(old, u, n, o, v, updated);
-    write(plan_.state1[t_], at, n, v);
+    keep_momentum(v, at, n);
   }
 
   void adam(const BaseGroup& group, const T* old, const T* u, int64_t at, int64_t n, T* updated) {
@@ -145,8 +160,13 @@ class ChunkUpdate {
     T* m = state(plan_.state1[t_], at, n, state1_);
     T* v = state(plan_.state2[t_], at, n, state2_);
     adam_range(old, u, n, o, m, v, updated);
-    write(plan_.state1[t_], at, n, m);
+    keep_momentum(m, at, n);
     write(plan_.state2[t_], at, n, v);
+  }
+
+  void keep_momentum(const T* m, int64_t at, int64_t n) {
+    write(plan_.state1[t_], at, n, m);
+    if (options_.momentum_sq != nullptr) momentum_sq_ += sum_squares(m, n);
   }
 
   // State that is read and written: in place, or a converted copy in `buffer`.
@@ -158,8 +178,11 @@ class ChunkUpdate {
 
   const PlanView& plan_;
   const UpdateOptions& options_;
-  const bool mixes_cache_;
+  const bool fills_;  // the cache
+  const Operand added_;
+  const bool mixes_;          // u is A grad + B added
   const T unscale_, factor_;  // what undoes a loss scale; what u is multiplied by
+  double momentum_sq_ = 0;
   const int32_t t_;
   const bool saved_, streamed_;
   T grad_[kBlock], other_[kBlock], mixed_[kBlock], old_[kBlock], new_[kBlock], state1_[kBlock], state2_[kBlock];
@@ -225,7 +248,8 @@ void fold_cache(const PlanView& plan, const double* cache_norm) {
   double* cc = plan.sums_of(kCC);
   double total = 0;
   for (int32_t t = 0; t < plan.n_tensors; ++t) {
-    const bool written = plan.grad[t].address != nullptr, untouched = !written && plan.first[t].address == nullptr;
+    const bool written = plan.grad[t].address != nullptr && plan.cache[t].address != nullptr;
+    const bool untouched = !written && (plan.first[t].address == nullptr || plan.cache[t].address == nullptr);
     cc[t] = untouched && cache_norm != nullptr ? cache_norm[t] * cache_norm[t] : 0;
     for (int32_t c = plan.first_chunk[t]; written && c < plan.first_chunk[t + 1]; ++c) {
       cc[t] += plan.partials[static_cast<int64_t>(c) * kNSums + kCC];
@@ -240,7 +264,8 @@ void keep_cache_norms(const PlanView& plan, const MixOptions& mix) {
   const double *cc = plan.sums_of(kCC), *second_sq = plan.sums_of(kBB);
   for (int32_t t = 0; t <= plan.n_tensors; ++t) {
     const bool scoped = (mix.scope == Scope::kGlobal) == (t == plan.n_tensors);
-    mix.cache_norm[t] = scalars::kept_cache_norm(cc[t], second_sq[t], scoped ? mix.min_sine : 0);
+    const bool judged = scoped && mix.mix == Mix::kDecompose;  // else there is no sum over the second gradient
+    mix.cache_norm[t] = scalars::kept_cache_norm(cc[t], judged ? second_sq[t] : 0, judged ? mix.min_sine : 0);
   }
 }
 
@@ -255,40 +280,60 @@ bool finite(const PlanView& plan, const double* sums) {
 void unscale_sums(const PlanView& plan, const UpdateOptions& options) {
   const double inverse = unscale(options.scaling);
   if (inverse == 1) return;
-  const bool with_cache = options.mix.mix == Mix::kReuse;
+  const bool with_cache = adds_cache(options.mix.mix);
   scale_sums(plan, kAA, inverse * inverse);
   scale_sums(plan, kAB, with_cache ? inverse : inverse * inverse);
   if (!with_cache) scale_sums(plan, kBB, inverse * inverse);
 }
 
-// kProject, or kMixA and kMixB, from the sums over (first, grad) or (grad, cache). They undo a loss scale.
+// kProject, or kMixA and kMixB, from the sums over (first, grad) or (grad, what is added). They undo a loss scale.
 void mix_coeffs(const PlanView& plan, const UpdateOptions& options) {
   const MixOptions& mix = options.mix;
   const int32_t all = plan.n_tensors;
   const double *aa = plan.sums_of(kAA), *ab = plan.sums_of(kAB), inverse = unscale(options.scaling);
+  double *project = plan.coeffs_of(kProject), *a = plan.coeffs_of(kMixA), *b = plan.coeffs_of(kMixB);
   for (int32_t t = 0; t < all; ++t) {
     const int32_t scope = mix.scope == Scope::kGlobal ? all : t;
-    if (mix.mix == Mix::kDecompose) {
-      plan.coeffs_of(kProject)[t] = scalars::over_squared(ab[scope], aa[scope]) * inverse;
-    }
-    if (mix.mix == Mix::kReuse) {
-      plan.coeffs_of(kMixA)[t] = inverse;
-      plan.coeffs_of(kMixB)[t] =
-          scalars::reuse_coeff(options.groups[plan.group[t]].alpha, aa[scope], mix.cache_norm[scope]);
+    const double alpha = options.groups != nullptr ? options.groups[plan.group[t]].alpha : 0;
+    a[t] = inverse;
+    switch (mix.mix) {
+      case Mix::kDecompose: project[t] = scalars::over_squared(ab[scope], aa[scope]) * inverse; break;
+      case Mix::kDifference: project[t] = inverse; break;
+      case Mix::kReuse: b[t] = scalars::reuse_coeff(alpha, aa[scope], mix.cache_norm[scope]); break;
+      case Mix::kAdd: b[t] = mix.weights != nullptr ? alpha * mix.weights[t] : alpha; break;
+      case Mix::kBlend:
+        a[t] = alpha * inverse;
+        b[t] = (1 - alpha) * inverse;
+        break;
+      case Mix::kGradient: break;
     }
   }
 }
 
-// norm(u) from sums that are there already: u = grad, or u = grad + B cache.
-double update_norm(const PlanView& plan, Mix mix, const double* grad_sq) {
-  if (mix != Mix::kReuse) return std::sqrt(grad_sq[plan.n_tensors]);
+// norm(u) from sums that are there already: u = grad, or u = A grad + B added.
+double update_norm(const PlanView& plan, const UpdateOptions& options, const double* grad_sq) {
+  const Mix mix = options.mix.mix;
+  if (!adds_cache(mix) && mix != Mix::kBlend) return std::sqrt(grad_sq[plan.n_tensors]);
   const double *ab = plan.sums_of(kAB), *bb = plan.sums_of(kBB), *coeff_b = plan.coeffs_of(kMixB);
   double sum = 0;
   for (int32_t t = 0; t < plan.n_tensors; ++t) {
     if (plan.grad[t].address == nullptr) continue;
-    sum += grad_sq[t] + coeff_b[t] * (2 * ab[t] + coeff_b[t] * bb[t]);
+    const double alpha = options.groups[plan.group[t]].alpha;  // the sums are those of unscaled gradients
+    const double a = mix == Mix::kBlend ? alpha : 1, b = mix == Mix::kBlend ? 1 - alpha : coeff_b[t];
+    sum += a * a * grad_sq[t] + b * (2 * a * ab[t] + b * bb[t]);
   }
   return std::sqrt(std::max(sum, 0.0));
+}
+
+// The sums of squares that the next climb along the momentum divides by.
+void fold_momentum(const PlanView& plan, double* momentum_sq) {
+  for (int32_t t = 0; t < plan.n_tensors; ++t) {
+    if (plan.grad[t].address == nullptr || plan.state1[t].address == nullptr) continue;
+    momentum_sq[t] = 0;
+    for (int32_t c = plan.first_chunk[t]; c < plan.first_chunk[t + 1]; ++c) {
+      momentum_sq[t] += plan.partials[static_cast<int64_t>(c) * kNSums + kAA];
+    }
+  }
 }
 
 }  // namespace
@@ -304,14 +349,14 @@ void update_apply(const PlanView& plan, const UpdateOptions& options, const Appl
     return;
   }
   const double clip = applied.clip != nullptr ? *applied.clip : 1;
-  const bool decomposes = options.mix.mix == Mix::kDecompose;
+  const bool fills = fills_cache(options.mix.mix);
   if (options.base == Base::kAdam || options.base == Base::kAdamW) advance_steps(plan, options);
   const bool streamed = options.restores && worth_streaming(plan);
   for_chunks(plan, pool, Walk::kBackwards, [&](const Span& chunk) {
     const int32_t t = chunk.tensor;
     const bool has_grad = plan.grad[t].address != nullptr;
-    if (decomposes && !has_grad) forget_cache(plan, chunk);
-    const bool only_restored = options.base == Base::kNone && !options.hands_over && !decomposes;
+    if (fills && !has_grad) forget_cache(plan, chunk);
+    const bool only_restored = options.base == Base::kNone && !options.hands_over && !fills;
     if (!has_grad || only_restored) {
       if (options.restores) restore_chunk(plan, chunk, streamed);
       return;
@@ -320,38 +365,39 @@ void update_apply(const PlanView& plan, const UpdateOptions& options, const Appl
                    [&](auto zero) { ChunkUpdate<decltype(zero)>(plan, options, clip, t, streamed).run(chunk); });
   });
   mark_written(plan, options);
-  if (decomposes) fold_cache(plan, options.mix.cache_norm);
+  if (fills) fold_cache(plan, options.mix.cache_norm);
+  if (options.momentum_sq != nullptr) fold_momentum(plan, options.momentum_sq);
 }
 
 void update(const PlanView& plan, const UpdateOptions& options, const Pool& pool) {
   const MixOptions& mix = options.mix;
-  const bool decomposes = mix.mix == Mix::kDecompose, reuses = mix.mix == Mix::kReuse,
-             clips = options.max_grad_norm > 0;
+  const bool decomposes = mix.mix == Mix::kDecompose, clips = options.max_grad_norm > 0;
   double* report = options.report;
 
   ReduceOptions wanted{.a = plan.grad};
   if (decomposes) wanted = {.a = plan.first, .b = plan.grad};
-  if (reuses && clips) wanted.b = plan.cache;
+  if (adds_cache(mix.mix) && clips) wanted.b = plan.cache;
+  if (mix.mix == Mix::kBlend && clips) wanted.b = plan.first;
   if (!options.looked) std::fill_n(report, static_cast<int>(kNReport), 0.0);
   bool bad = found_inf(options.scaling);
   double clip = 1;
+  const double* grad_sq = plan.sums_of(decomposes ? kBB : kAA);
   if (options.reduces()) {
     reduce(plan, wanted, pool);
     unscale_sums(plan, options);
-    const double* grad_sq = plan.sums_of(decomposes ? kBB : kAA);
     bad = bad || (options.check && !finite(plan, grad_sq));
     report[options.looked ? kSecondNorm : kGradNorm] = std::sqrt(grad_sq[plan.n_tensors]);
-    mix_coeffs(plan, options);
-    if (clips) {
-      report[kUpdateNorm] = update_norm(plan, mix.mix, grad_sq);
-      clip = scalars::clip_factor(options.max_grad_norm, report[kUpdateNorm]);
-    }
+  }
+  mix_coeffs(plan, options);
+  if (clips) {
+    report[kUpdateNorm] = update_norm(plan, options, grad_sq);
+    clip = scalars::clip_factor(options.max_grad_norm, report[kUpdateNorm]);
   }
   if (bad && report[kSkippedFirst] == 0) report[options.looked ? kSkippedSecond : kSkippedFirst] = 1;
   const bool skip = report[kSkippedFirst] != 0 || report[kSkippedSecond] != 0;
   if (skip) ++*options.skips;
   update_apply(plan, options, {&skip, &clip}, pool);
-  if (decomposes && !skip) keep_cache_norms(plan, mix);
+  if (fills_cache(mix.mix) && !skip) keep_cache_norms(plan, mix);
 }
 
 }  // namespace samkern::cpu
