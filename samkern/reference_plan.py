@@ -162,7 +162,8 @@ class ReferencePlan:
             bad = bad | ~reference.finite(grad_sq[:-1], self._params)
         report[Report.SKIPPED_SECOND if looked else Report.SKIPPED_FIRST] += bad & ~skip
         skip = skip | bad
-        report[Report.SECOND_NORM if looked else Report.GRAD_NORM] = grad_sq[-1].sqrt()
+        if check or max_grad_norm > 0 or mix.mix in (Mix.DECOMPOSE, Mix.REUSE):  # else nobody needs it
+            report[Report.SECOND_NORM if looked else Report.GRAD_NORM] = grad_sq[-1].sqrt()
         gain, coeff = self._mix_coeffs(sums, mix)
         clip = None
         if max_grad_norm > 0:
