@@ -54,7 +54,9 @@ class Oracle:
 
     def step(self, closure):
         g = self.evaluate(closure)
-        u = self.look(g, closure) if self.looks() else self.plain(g)
+        self.finish(self.look(g, closure) if self.looks() else self.plain(g))
+
+    def finish(self, u):
         if u is None:
             self.skips += 1
         else:
@@ -80,7 +82,7 @@ class Oracle:
         self.evaluations += 1
         for w in self.w:
             w.grad = None
-        closure()
+        self.loss = closure()
         return [None if w.grad is None else w.grad.detach().clone() for w in self.w]
 
     def clipped(self, u):

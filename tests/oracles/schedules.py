@@ -1,4 +1,4 @@
-"""RST, AE-SAM and AE-LookSAM: SAM and LookSAM on other steps."""
+"""RST, G-RST, AE-SAM and AE-LookSAM: SAM and LookSAM on other steps."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from .masks import philox
 from .sam import SAM
 
 
+def uniform(seed, t):
+    """The random number of step t, in [0, 1): it depends on nothing else."""
+    words = philox([[0], [0], [t], [0]], [seed % 2**32, seed // 2**32 % 2**32])
+    return int(words[0][0]) / 2**32
+
+
 class RST(SAM):
     """Looks if U_t < p(s)."""
 
@@ -18,10 +24,39 @@ class RST(SAM):
         self.schedule, self.p, self.total_steps, self.seed = schedule, p, total_steps, seed
 
     def looks(self):
-        u = int(philox([[0], [0], [self.t], [0]], [self.seed % 2**32, self.seed // 2**32])[0][0]) / 2**32
+        return uniform(self.seed, self.t) < self.probability()
+
+    def probability(self):
         s = min(self.t / self.total_steps, 1) if self.total_steps else 0
-        p = {"constant": self.p, "linear-up": s, "cosine-down": 0.5 * (1 + math.cos(math.pi * s))}[self.schedule]
-        return u < p
+        if callable(self.schedule):
+            return self.schedule(s)
+        return {
+            "constant": self.p,
+            "piecewise-1": 0 if s < 0.5 else 1,
+            "piecewise-2": 1 if s < 0.5 else 0,
+            "linear-up": s,
+            "linear-down": 1 - s,
+            "cosine-up": 0.5 - 0.5 * math.cos(math.pi * s),
+            "cosine-down": 0.5 + 0.5 * math.cos(math.pi * s),
+        }[self.schedule]
+
+
+class GRST(RST):
+    """On looks u = (1 - gamma) g + gamma g_s; "match" is gamma = 1 / p(s), at most gamma_max."""
+
+    def __init__(self, w, base, rho=0.05, gamma=2.0, gamma_max=4.0, **options):
+        super().__init__(w, base, rho, **options)
+        self.gamma, self.gamma_max = gamma, gamma_max
+
+    def after_look(self, g, g_s):
+        gamma = min(1 / self.probability(), self.gamma_max) if self.gamma == "match" else self.gamma
+        u = []
+        for x, y in zip(g, g_s, strict=True):
+            if x is None or y is None:
+                u.append(None if y is None else gamma * y)  # no second gradient: nothing to update with
+            else:
+                u.append((1 - gamma) * x + gamma * y)
+        return u
 
 
 class AE:
