@@ -1,5 +1,5 @@
-// norms: sums of squares and products of whole tensor lists. Chunks and filters are added in a fixed order in double,
-// so the result does not depend on the number of threads.
+// norms and difference_dot: sums of squares and products of whole tensor lists. Chunks and filters are added in a fixed
+// order in double, so the result does not depend on the number of threads.
 #include "../scalars.h"
 #include "bits.h"
 #include "launchers.h"
@@ -70,6 +70,26 @@ void reduce_chunk(const PlanView& plan, const ReduceOptions& options, const Span
         sums[kTT] += sum_squares(weighed, n);
       }
     }
+  }
+  std::copy_n(sums, kNSums, plan.partials + static_cast<int64_t>(chunk.chunk) * kNSums);
+}
+
+template <typename T>
+SAMKERN_CLONES void subtract_range(const T* a, const T* b, int64_t n, T* __restrict difference) {
+  for (int64_t i = 0; i < n; ++i) difference[i] = a[i] - b[i];
+}
+
+template <typename T>
+void multiply_differences(const PlanView& plan, const Span& chunk) {
+  const Operand &a = plan.grad[chunk.tensor], &b = plan.first[chunk.tensor];
+  const Operand &c = plan.cache[chunk.tensor], &d = plan.state1[chunk.tensor];
+  double sums[kNSums] = {};
+  T buffer_1[kBlock], buffer_2[kBlock], a_b[kBlock], c_d[kBlock];
+  for (int64_t at = chunk.at; at < chunk.at + chunk.n; at += kBlock) {
+    const int64_t n = std::min(kBlock, chunk.at + chunk.n - at);
+    subtract_range(read(a, at, n, buffer_1), read(b, at, n, buffer_2), n, a_b);
+    subtract_range(read(c, at, n, buffer_1), read(d, at, n, buffer_2), n, c_d);
+    sums[kAA] += sum_products(a_b, c_d, n);
   }
   std::copy_n(sums, kNSums, plan.partials + static_cast<int64_t>(chunk.chunk) * kNSums);
 }
@@ -170,6 +190,13 @@ void reduce(const PlanView& plan, const ReduceOptions& options, const Pool& pool
     with_math_type(plan.w[chunk.tensor].dtype, [&](auto zero) { reduce_chunk<decltype(zero)>(plan, options, chunk); });
   });
   fold(plan, options);
+}
+
+void difference_dot(const PlanView& plan, const Pool& pool) {
+  for_chunks(plan, pool, Walk::kForwards, [&](const Span& chunk) {
+    with_math_type(plan.w[chunk.tensor].dtype, [&](auto zero) { multiply_differences<decltype(zero)>(plan, chunk); });
+  });
+  fold(plan, {});
 }
 
 void scale_sums(const PlanView& plan, Sum which, double factor) {
