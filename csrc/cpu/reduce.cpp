@@ -75,21 +75,15 @@ void reduce_chunk(const PlanView& plan, const ReduceOptions& options, const Span
 }
 
 template <typename T>
-SAMKERN_CLONES void subtract_range(const T* a, const T* b, int64_t n, T* __restrict difference) {
-  for (int64_t i = 0; i < n; ++i) difference[i] = a[i] - b[i];
-}
-
-template <typename T>
 void multiply_differences(const PlanView& plan, const Span& chunk) {
   const Operand &a = plan.grad[chunk.tensor], &b = plan.first[chunk.tensor];
   const Operand &c = plan.cache[chunk.tensor], &d = plan.state1[chunk.tensor];
   double sums[kNSums] = {};
-  T buffer_1[kBlock], buffer_2[kBlock], a_b[kBlock], c_d[kBlock];
+  T buffer_a[kBlock], buffer_b[kBlock], buffer_c[kBlock], buffer_d[kBlock];
   for (int64_t at = chunk.at; at < chunk.at + chunk.n; at += kBlock) {
     const int64_t n = std::min(kBlock, chunk.at + chunk.n - at);
-    subtract_range(read(a, at, n, buffer_1), read(b, at, n, buffer_2), n, a_b);
-    subtract_range(read(c, at, n, buffer_1), read(d, at, n, buffer_2), n, c_d);
-    sums[kAA] += sum_products(a_b, c_d, n);
+    sums[kAA] += sum_difference_products(read(a, at, n, buffer_a), read(b, at, n, buffer_b), read(c, at, n, buffer_c),
+                                         read(d, at, n, buffer_d), n);
   }
   std::copy_n(sums, kNSums, plan.partials + static_cast<int64_t>(chunk.chunk) * kNSums);
 }
