@@ -138,9 +138,10 @@ class Call {
   void difference_dot() {
     if (!on_device_) return cpu::difference_dot(bound(), torch_pool());
     PlanView plan = uploaded();
+    // A kernel for one dtype reads all four lists as it; the view has looked at a and b.
     const Operand *a = view().grad, *c = view().cache, *d = view().state1;
     for (int32_t t = 0; t < plan.n_tensors; ++t) {
-      if (c[t].dtype != a[t].dtype || d[t].dtype != a[t].dtype) plan.common_dtype = -1;  // which heeds a and b only
+      if (c[t].dtype != a[t].dtype || d[t].dtype != a[t].dtype) plan.common_dtype = -1;
     }
     device_functions()->difference_dot(plan, index());
   }

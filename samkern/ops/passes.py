@@ -67,7 +67,7 @@ def difference_dot(a: Tensors, b: Tensors, c: Tensors, d: Tensors, *, backend: s
     ``norm(g_s - g)^2``. Nothing is written, and no difference is kept.
 
     Args:
-        a, b, c, d: of any layout; the same list may be given twice. Differences are in float32, in float64 where ``a`` is.
+        a, b, c, d: the same list may be given twice. Differences are rounded to float32, or to float64 where ``a`` is that.
         backend: as for the optimizers.
 
     Returns:
