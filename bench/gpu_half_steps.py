@@ -237,6 +237,7 @@ def launches(session: Session, case: Case) -> None:
 # The operands that a list op moves, which test_passes has as bytes of fp32.
 OPERANDS = {
     "norms": (1, 0),
+    "difference_dot": (4, 0),
     "perturb": (5, 0),
     "restore": (2, 0),
     "decompose": (2, 1),

@@ -35,6 +35,15 @@ def eager_norms(x):
     return [(g * g).sum() for g in x.g]
 
 
+def eager_difference_dot(x):
+    return [torch.dot((a - b).flatten(), (c - d).flatten()) for a, b, c, d in zip(x.g, x.b, x.w, x.saved, strict=True)]
+
+
+def foreach_difference_dot(x):
+    differences = torch._foreach_sub(x.g, x.b), torch._foreach_sub(x.w, x.saved)
+    return [torch.dot(a.flatten(), b.flatten()) for a, b in zip(*differences, strict=True)]
+
+
 def eager_perturb(x):
     scale = 1e-6 / torch.stack([g.norm() for g in x.g]).norm()
     for w, g, saved in zip(x.w, x.g, x.saved, strict=True):
@@ -105,6 +114,12 @@ PASSES = {
         lambda x: ops.norms(x.g),
         lambda x: reference.norms(x.g),
         {"eager loop": eager_norms, "foreach": lambda x: torch._foreach_norm(x.g)},
+    ),
+    "difference_dot": (
+        16,
+        lambda x: ops.difference_dot(x.g, x.b, x.w, x.saved),
+        lambda x: reference.difference_dot(x.g, x.b, x.w, x.saved),
+        {"eager loop": eager_difference_dot, "foreach": foreach_difference_dot},
     ),
     "perturb": (
         20,

@@ -75,6 +75,11 @@ void fisher_accumulate(const PlanView& plan, const FisherOptions& options, int d
   check(cuda::fisher_accumulate(plan, options, stream_of(device)), "fisher_accumulate");
 }
 
+void difference_dot(const PlanView& plan, int device) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  check(cuda::difference_dot(plan, stream_of(device)), "difference_dot");
+}
+
 int n_blocks(int device) { return device::kBlocksPerProcessor * attribute(cudaDevAttrMultiProcessorCount, device); }
 
 bool is_capturing(int device) {
@@ -82,9 +87,9 @@ bool is_capturing(int device) {
   return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
 }
 
-DeviceFunctions functions{perturb,           restore,      update,       reduce,
-                          perturb_apply,     update_apply, select_mask,  cuda::n_select_counters,
-                          fisher_accumulate, n_blocks,     is_capturing,
+DeviceFunctions functions{perturb,           restore,        update,      reduce,
+                          perturb_apply,     update_apply,   select_mask, cuda::n_select_counters,
+                          fisher_accumulate, difference_dot, n_blocks,    is_capturing,
                           /*on_host=*/false};
 
 }  // namespace

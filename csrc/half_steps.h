@@ -92,6 +92,7 @@ struct DeviceFunctions {
   void (*select_mask)(const PlanView& plan, const SelectOptions& options, int device);
   int64_t (*n_select_counters)(const PlanView& plan, const SelectOptions& options);
   void (*fisher_accumulate)(const PlanView& plan, const FisherOptions& options, int device);
+  void (*difference_dot)(const PlanView& plan, int device);
   int (*n_blocks)(int device);       // that are resident at the same time
   bool (*is_capturing)(int device);  // whether the current stream records a graph
   bool on_host;                      // compiled for the CPU, for tests: they work on the host's memory

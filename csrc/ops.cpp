@@ -135,6 +135,17 @@ class Call {
     device_functions()->fisher_accumulate(uploaded(), options, index());
   }
 
+  void difference_dot() {
+    if (!on_device_) return cpu::difference_dot(bound(), torch_pool());
+    PlanView plan = uploaded();
+    // A kernel for one dtype reads all four lists as it; the view has looked at a and b.
+    const Operand *a = view().grad, *c = view().cache, *d = view().state1;
+    for (int32_t t = 0; t < plan.n_tensors; ++t) {
+      if (c[t].dtype != a[t].dtype || d[t].dtype != a[t].dtype) plan.common_dtype = -1;
+    }
+    device_functions()->difference_dot(plan, index());
+  }
+
   // Rows of plan.sums from `first` on, as the pass left them.
   void copy_sums(Sum first, Tensor& to) {
     const int64_t n = to.numel();
@@ -221,6 +232,19 @@ Tensor norms(TensorList a, TensorList b, TensorList w, c10::string_view weightin
                .masked = mask.has_value()});
   const auto n = static_cast<int64_t>(a.size());
   Tensor sums = at::empty({kCC, n + 1}, a.empty() ? at::TensorOptions(at::kDouble) : a[0].options().dtype(at::kDouble));
+  call.copy_sums(kAA, sums);
+  return sums;
+}
+
+Tensor difference_dot(TensorList a, TensorList b, TensorList c, TensorList d) {
+  Call call(a);
+  call.reads(call.view().grad, a, "a");
+  call.reads(call.view().first, b, "b");
+  call.reads(call.view().cache, c, "c");
+  call.reads(call.view().state1, d, "d");
+  call.difference_dot();
+  const auto n = static_cast<int64_t>(a.size());
+  Tensor sums = at::empty({n + 1}, a.empty() ? at::TensorOptions(at::kDouble) : a[0].options().dtype(at::kDouble));
   call.copy_sums(kAA, sums);
   return sums;
 }
@@ -417,6 +441,7 @@ TORCH_LIBRARY(samkern, m) {
   m.def(
       "norms(Tensor[] a, Tensor[] b, Tensor[] w, str weighting='gradient', float eta=0.0, Tensor? "
       "mask=None) -> Tensor");
+  m.def("difference_dot(Tensor[] a, Tensor[] b, Tensor[] c, Tensor[] d) -> Tensor");
   m.def(
       "perturb_(Tensor(a!)[] w, Tensor[] g, Tensor(b!)[] saved, Tensor scale, str direction='gradient', float eta=0.0, "
       "Tensor? mask=None) -> ()");
@@ -441,6 +466,7 @@ TORCH_LIBRARY(samkern, m) {
 // The same functions on the CPU and, with the kernels of samkern._cuda, on a GPU.
 void implement(torch::Library& m) {
   m.impl("norms", norms);
+  m.impl("difference_dot", difference_dot);
   m.impl("perturb_", perturb_);
   m.impl("restore_", restore_);
   m.impl("decompose_", decompose_);

@@ -66,6 +66,16 @@ def norms(
     return sums
 
 
+def difference_dot(a: Sequence[Tensor], b: Sequence[Tensor], c: Sequence[Tensor], d: Sequence[Tensor]) -> Tensor:
+    """Sums of ``(a - b) (c - d)``, per tensor and over all: float64 of shape (n + 1,)."""
+    sums = torch.zeros(len(a) + 1, dtype=torch.float64, device=a[0].device if a else None)
+    for i, tensors in enumerate(zip(a, b, c, d, strict=True)):
+        first, second, third, fourth = (x.to(math_dtype(a[i].dtype)) for x in tensors)
+        sums[i] = _dot(first - second, third - fourth)
+    sums[-1] = sums[:-1].sum()
+    return sums
+
+
 def masks_like(bits: Tensor | None, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Bool tensors in the layouts of ``tensors``; all true without ``bits``.
 

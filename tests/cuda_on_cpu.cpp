@@ -34,6 +34,7 @@ DeviceFunctions functions{
     [](const PlanView& plan, const FisherOptions& options, int) {
       check(cuda::fisher_accumulate(plan, options, stream()));
     },
+    [](const PlanView& plan, int) { check(cuda::difference_dot(plan, stream())); },
     [](int) { return Machine::get().setting.n_blocks; },
     [](int) { return Machine::get().setting.capturing; },
     /*on_host=*/true,

@@ -20,7 +20,7 @@ from torch import nn
 
 import samkern
 from bench import kernels
-from samkern import ops
+from samkern import ops, reference
 from samkern.backends import native
 from samkern.options import Base, BaseGroup, Climb, ClimbGroup, MixOptions
 from samkern.plan import Kept
@@ -257,6 +257,7 @@ def test_a_pass_is_one_launch(emulated):
     one, take = scalar(1), emulator.load().take_launches
     passes = {
         "norms": lambda: ops.norms(w, g, out, weighting="filter", eta=0.1),
+        "difference_dot": lambda: ops.difference_dot(w, g, out, w),
         "restore": lambda: ops.restore(w, g),
         "decompose": lambda: ops.decompose(out, g, w, one),
         "combine": lambda: ops.combine(out, g, w, one, one),
@@ -368,6 +369,19 @@ def test_a_large_tensor_is_folded_by_a_whole_block(emulated):
     assert close(run(), on_reference(run), FP32)
 
 
+def test_difference_dot(emulated):
+    """The same bits in every interleaving, on any number of blocks, in one launch or two; 33 chunks take a whole block."""
+    lists = [random_list([(33 * CHUNK + 3,), (5,), (0,), ()]) for _ in range(4)]
+    results = []
+    for options in ({"seed": 1}, {"seed": 2, "n_blocks": 1}, {"seed": 3, "n_blocks": 2, "one_launch": False}):
+        emulated(**options)
+        results.append(ops.difference_dot(*lists))
+    assert same_bits(results[:1] * 2, results[1:])
+    torch.testing.assert_close(results[0], reference.difference_dot(*lists), rtol=1e-5, atol=1e-4)
+    emulated(without="grid_sync")
+    assert not same_bits(results[:1], [ops.difference_dot(*lists)])
+
+
 def test_a_deadlock_is_reported():
     """A grid that was launched in phases must not wait for itself, and the device says so."""
     with pytest.raises(RuntimeError, match="threads wait for ever, the first in block 0, thread 0, at block_sync"):
@@ -425,7 +439,7 @@ def test_the_expected_product():
 def test_kernels_compile_without_spills(source, architecture):
     """128 registers: two blocks of 256 threads on a processor."""
     found = kernels.measure(source, architecture)
-    assert len(found) == {"fisher": 4, "perturb": 4, "reduce": 4, "select": 10, "update": 17}[source.stem]
+    assert len(found) == {"fisher": 4, "perturb": 4, "reduce": 8, "select": 10, "update": 17}[source.stem]
     for kernel in found:
         assert kernel.spills == 0, kernel
         assert kernel.registers <= 128, kernel

@@ -78,6 +78,57 @@ def test_norms_of_part_of_the_lists(fast):
     assert torch.equal(with_w[3], with_b[2])
 
 
+def difference_formula(*lists):
+    """Sums, and the largest that they could be by their norms."""
+    sums, bounds = [], []
+    for a, b, c, d in zip(*lists, strict=True):
+        dtype = FP64 if a.dtype == FP64 else FP32
+        x, y = (a.to(dtype) - b.to(dtype)).double(), (c.to(dtype) - d.to(dtype)).double()
+        sums.append((x * y).sum())
+        bounds.append(x.norm() * y.norm())
+    return torch.stack([*sums, sum(sums)]), torch.stack([*bounds, sum(bounds)])
+
+
+def differences_agree(backend, *lists):
+    sums, (expected, bounds) = ops.difference_dot(*lists, backend=backend), difference_formula(*lists)
+    error = max(sums_error(backend, x.dtype) for x in lists[0])
+    return sums.shape == expected.shape and bool(((sums - expected).abs() <= error * bounds).all())
+
+
+@each_shapes
+@each_dtype
+def test_difference_dot(fast, shapes, dtype):
+    a, b, c, d = (random_list(shapes, dtype) for _ in range(4))
+    for backend in (fast, "reference"):
+        assert differences_agree(backend, a, b, c, d)
+        assert differences_agree(backend, a, b, a, b)
+
+
+def test_differences_of_every_dtype(fast):
+    """Each list beginning with another one; two lists alike and two of another dtype; and all views off alignment."""
+    shapes = [(70,), (33, 5), (), (chunk(fast) + 3,)] * 2
+    lists = [[torch.randn(shape).to(DTYPES[(i + k) % 4]) for i, shape in enumerate(shapes)] for k in range(4)]
+    assert differences_agree(fast, *lists)
+    for which in range(4):
+        assert differences_agree(fast, *(random_list(shapes, BF16 if k == which else FP32) for k in range(4)))
+    assert differences_agree(fast, *(guarded_list(x, k)[0] for k, x in enumerate(lists)))
+
+
+def test_differences_of_any_layout(fast):
+    """Also lists with gaps, and expanded ones."""
+    a = [torch.randn(6, 5)[:, ::2], torch.randn(4, 1).expand(4, 7), torch.randn(5, 6).t()]
+    b, c = ([torch.randn(x.shape) for x in a] for _ in range(2))
+    for lists in ((a, b, c, b), (b, a, b, c), (b, c, a, a), (c, b, b, a)):
+        assert differences_agree(fast, *lists)
+
+
+def test_a_nan_stays_in_its_sum(fast):
+    a, b = random_list([(5,), (300,), (7,)]), random_list([(5,), (300,), (7,)])
+    a[1][299] = math.nan
+    for lists in ((a, b, b, a), (b, b, a, b), (b, b, b, a)):
+        assert ops.difference_dot(*lists, backend=fast).isnan().tolist() == [False, True, False, True]
+
+
 @pytest.mark.parametrize("mode", MODES)
 @each_shapes
 @each_dtype
@@ -244,8 +295,9 @@ def test_bits_do_not_depend_on_threads(fast, dtype):
             own, saved, momentum, cache = clones(w), poisoned_like(w), moments_like_zero(w), clones(c)
             sums = [ops.perturb(own, g, saved, 0.3, mode=mode, eta=0.01, backend=fast) for mode in MODES]
             cc = ops.decompose(cache, g, own, backend=fast)
+            dot = ops.difference_dot(own, saved, g, cache, backend=fast)
             ops.update_sgd(own, g, momentum, lr=0.1, momentum=0.9, saved=saved, backend=fast)
-            results.append([*own, *saved, *momentum, *cache, *sums, cc])
+            results.append([*own, *saved, *momentum, *cache, *sums, cc, dot])
     finally:
         torch.set_num_threads(threads)
     assert all(same_bits(results[0], other) for other in results[1:])
@@ -333,6 +385,7 @@ def test_any_lists(fast, shapes, dtypes, mode, rho, offset, seed):
 
 def test_empty_lists(backend):
     assert ops.norms([], backend=backend).shape == (5, 1)
+    assert ops.difference_dot([], [], [], [], backend=backend).tolist() == [0]
     ops.perturb([], [], [], backend=backend)
     ops.restore([], [], backend=backend)
     ops.combine([], [], [], scalar(1), scalar(1), backend=backend)
@@ -349,6 +402,10 @@ BAD_CALLS = {
     ),
     "dtype": (TypeError, r"g\[0\] must be a dense float32", lambda w: ops.perturb([w], [torch.ones(3).int()], [w])),
     "sparse": (TypeError, r"a\[0\] must be a dense", lambda w: ops.norms([w.to_sparse()])),
+    "sparse difference": (TypeError, r"a\[0\] must be", lambda w: ops.difference_dot([w.to_sparse()], [w], [w], [w])),
+    "integer difference": (TypeError, r"d\[0\] must be", lambda w: ops.difference_dot([w], [w], [w], [w.int()])),
+    "differences of unequal lists": (ValueError, r"c has 0", lambda w: ops.difference_dot([w], [w], [], [w])),
+    "differences of unequal shapes": (ValueError, r"b\[0\] is", lambda w: ops.difference_dot([w], [w[:1]], [w], [w])),
     "sparse scores": (TypeError, r"scores\[0\] must be a dense", lambda w: ops.topk_mask([w.to_sparse()], 1)),
     "integer scores": (TypeError, r"scores\[0\] must be a dense", lambda w: ops.topk_mask([w.int()], 1)),
     "sparse like": (TypeError, r"like\[0\] must be a dense", lambda w: ops.random_mask([w.to_sparse()], 1)),

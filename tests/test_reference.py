@@ -26,6 +26,19 @@ def test_norms():
     ]
 
 
+def test_difference_dot():
+    a, b, c, d = [vec(3, 4), vec(1)], [vec(1, 5), vec(3)], [vec(7, 0), vec(2)], [vec(2, 2), vec(-1)]
+    assert reference.difference_dot(a, b, c, d).tolist() == [12, -6, 6]
+    assert reference.difference_dot(a, b, a, b).tolist() == [5, 4, 9]
+
+
+def test_differences_are_in_the_dtype_of_the_first_list():
+    """2^-30 is lost beside 1 in float32, whatever the others are in."""
+    x, y = vec(1 + 2**-30), vec(1)
+    assert reference.difference_dot([x], [y], [x], [y]).tolist() == [2**-60] * 2
+    assert reference.difference_dot([x.float()], [y], [x], [y]).tolist() == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("weighting", "expected"),
     [

@@ -23,6 +23,7 @@ def samples():
     parts = [c, g, scalar(1), scalar(0.5), scalar(0.9), torch.tensor(False)]
     yield "norms", (w, g, c, "filter", 0.1), {}
     yield "norms", (w, [], []), {}
+    yield "difference_dot", (w, g, c, v), {}
     yield "perturb_", (w, g, v, torch.rand(4, dtype=FP64)), {"direction": "element", "eta": 0.1}
     yield "perturb_", (w, g, v, scalar(0.1)), {"direction": "filter", "eta": 0.1}
     bits = ops.random_mask(w, 70_000, backend="cpu").bits
@@ -88,6 +89,8 @@ def test_ops_in_a_compiled_region():
         ("must have the strides", lambda op, w: op.perturb_([w], [w], [torch.ones(3, 2).t()], scalar(1))),
         ("has 2 tensors, expected 1", lambda op, w: op.restore_([w], [w, w])),
         ("has shape", lambda op, w: op.restore_([w], [w[:1]])),
+        (r"d has 0 tensors, expected 1", lambda op, w: op.difference_dot([w], [w], [w], [])),
+        (r"b\[0\] has shape", lambda op, w: op.difference_dot([w], [w[:1]], [w], [w])),
         ("must be dense", lambda op, w: op.restore_([w[:, :1]], [w[:, :1]])),
         ("must be float64 with 1 or 1 entries", lambda op, w: op.perturb_([w], [w], [w.clone()], torch.ones(3))),
         ("needs both coefficients", lambda op, w: op.update_sgd_([w], [w], [], [], [w], lr=0.1)),

@@ -96,6 +96,7 @@ USUAL = [
     "update-SGD-GRADIENT-float32-scaled",
     "update-ADAMW-DECOMPOSE-float32-scaled",
     "list_norms-float32",
+    "list_difference-float32",
     "list_perturb-gradient-float32",
     "list_perturb-filter-float32",
     "list_decompose-float32",
@@ -164,6 +165,7 @@ OPERANDS = {
     "update": (2, 1),
     "restore": (1, 1),
     "list_norms": (3, 0),
+    "list_difference": (4, 0),
     "list_perturb": (2, 2),
     "list_decompose": (2, 1),
     "list_combine": (2, 1),
@@ -222,10 +224,11 @@ def test_launches():
     assert result.returncode == 0, result.stderr[-5000:]
     lines = [line.split() for line in result.stdout.splitlines()]
     steps = ["perturb", "restore", "perturb", "update"]
-    lists = ["norms", "list_perturb", "list_restore", "decompose", "combine", "update_sgd", "update_adamw"]
+    lists = ["norms", "difference_dot", "list_perturb", "list_restore", "decompose", "combine"]
+    updates = ["update_sgd", "update_adamw"]
     masks = ["topk_mask", "drop_grow_mask", "drop_grow_mask"]
     masked = ["fisher_accumulate", "masked_norms", "masked_perturb", "masked_half_step"]
-    assert [name for name, _, _ in lines] == 3 * steps + lists + masks + masked
+    assert [name for name, _, _ in lines] == 3 * steps + lists + updates + masks + masked
     selections = {"topk_mask": "5", "drop_grow_mask": "10"}
     assert all(n_launches == selections.get(name, "1") for name, n_launches, _ in lines)
     assert [int(n) for name, _, n in lines if name == "drop_grow_mask"][1] == 0

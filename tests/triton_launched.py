@@ -73,6 +73,7 @@ def list_ops():
     steps, parts = [torch.zeros(()) for _ in w], {"clip": scalar(1), "skip": torch.tensor(False), "saved": saved}
     mixed = {"cache": c, "coeff_a": scalar(1), "coeff_b": scalar(1)}
     show("norms", ops.norms, g, w, w, weighting="filter", eta=0.1)
+    show("difference_dot", ops.difference_dot, g, w, c, saved)
     show("list_perturb", ops.perturb, w, g, saved, torch.ones(2, dtype=FP64), direction="filter")
     show("list_restore", ops.restore, w, saved)
     show("decompose", ops.decompose, c, g, w, scalar(1))

@@ -68,6 +68,17 @@ def test_norms(weighting, dtype):
         assert close(row, expected_row, 1e-12 if expected_row.min() >= 0 else 1e-10)
 
 
+@each_dtype
+def test_difference_dot(dtype):
+    """A NaN stays where it is, and is not read beyond an end."""
+    lists = lists_of(dtype, 4, [*SHAPES, (2049,)])
+    for given in (lists, lists[:2] * 2, [*lists[:3], lists[0]]):
+        assert close(ops.difference_dot(*given, backend="triton"), reference.difference_dot(*given), 1e-10)
+    lists[3][4][:] = torch.nan
+    sums = ops.difference_dot(*lists, backend="triton")
+    assert sums.isnan().nonzero().flatten().tolist() == [4, len(lists[0])]
+
+
 def test_norms_of_part_of_the_lists():
     a, b = lists_of(FP32, 2, BORDERS)
     only_a, with_b = ops.norms(a, backend="triton"), ops.norms(a, b, backend="triton")
@@ -83,6 +94,7 @@ def test_norms_read_any_layout():
     """Also lists with gaps, and expanded ones."""
     a = [torch.randn(6, 5)[:, ::2], torch.randn(4, 1).expand(4, 7), torch.randn(5, 6).t()]
     w = [torch.randn(x.shape) for x in a]
+    assert close(ops.difference_dot(a, w, w, a, backend="triton"), reference.difference_dot(a, w, w, a))
     for weighting in ("element", "filter"):
         sums = ops.norms(a, w, w, weighting=weighting, eta=0.1, backend="triton")
         assert close(sums, reference.norms(a, w, w, weighting=weighting, eta=0.1))
@@ -291,6 +303,7 @@ def test_nothing_is_read_back(monkeypatch):
             patch.setattr(torch.Tensor, name, refuse)
         ops.perturb(w, g, saved, 0.3, mode="filter", eta=0.1, backend="triton")
         ops.decompose(cache, g, saved, backend="triton")
+        ops.difference_dot(w, saved, g, cache, backend="triton")
         skip = torch.tensor(False)
         ops.update_adam(w, g, m, v, steps, lr=0.1, saved=saved, cache=cache, skip=skip, backend="triton", **parts)
         ops.combine(g, g, cache, parts["coeff_a"], parts["coeff_b"], backend="triton")

@@ -80,6 +80,14 @@ def list_norms(w, masked=False):
     return lists.norms_kernel, registers_for([w], crowded=True), constants
 
 
+def list_difference(w):
+    constants = {
+        "PHASES": int(common.REDUCE | common.FOLD | common.CLOSE),
+        "TYPES": types_of(w, w, other=w, cache=w, state1=w),
+    }
+    return lists.difference_kernel, registers_for([w], crowded=True), constants
+
+
 def list_perturb(direction, w, masked=False):
     crowded = direction == PER_FILTER
     constants = {
@@ -159,6 +167,7 @@ VARIANTS = {
     },
     **{f"restore-{name_of(w)}": restore(w) for w in (FP32, BF16, FP64)},
     **{f"list_norms-{name_of(w)}": list_norms(w) for w in (FP32, BF16, FP16, FP64)},
+    **{f"list_difference-{name_of(w)}": list_difference(w) for w in (FP32, BF16, FP16, FP64)},
     **{
         f"list_perturb-{name}-{name_of(w)}": list_perturb(direction, w)
         for name, direction in zip(DIRECTIONS, (ALONG, SIGNS, PER_ENTRY, PER_FILTER), strict=True)

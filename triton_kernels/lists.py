@@ -24,6 +24,7 @@ from .common import (
     REDUCE,
     SAVED,
     SETTLE,
+    STATE1,
     TT,
     WW,
     Tables,
@@ -93,6 +94,21 @@ def write_total(out, n):
         t = k + tl.arange(0, LANES)
         total += tl.load(out + t, mask=t < n, other=0.0, cache_modifier=".cg")
     tl.store(out + n, tl.sum(total, 0))
+
+
+@triton.jit
+def fold_and_close(tables, ROW: tl.constexpr, out, sem, PHASES: tl.constexpr):
+    """Row ``ROW`` of the partial sums, per tensor and over all, to ``out``."""
+    n = tables.n_tensors
+    barrier_before(FOLD, PHASES, sem)
+    if PHASES & FOLD:
+        for tile in range(tl.program_id(0), tl.cdiv(n, FOLD_TENSORS), tl.num_programs(0)):
+            t = tile * FOLD_TENSORS + tl.arange(0, FOLD_TENSORS)
+            tl.store(out + t, fold_chunks(tables, ROW, t), mask=t < n)
+    barrier_before(CLOSE, PHASES, sem)
+    if PHASES & CLOSE:
+        if tl.program_id(0) == 0:
+            write_total(out, n)
 
 
 # ---- norms
@@ -217,6 +233,55 @@ def norms_kernel(
             write_total(out + row * (n_tensors + 1), n_tensors)
 
 
+# ---- differences
+
+
+@triton.jit
+def difference_block(a, b, c, d, j, mask, sums, LANE: tl.constexpr, MATH: tl.constexpr):
+    x = widened(read(a + j, mask)).to(MATH) - widened(read(b + j, mask)).to(MATH)
+    y = widened(read(c + j, mask)).to(MATH) - widened(read(d + j, mask)).to(MATH)
+    return sums + lane_sums(x, y, LANE)
+
+
+@triton.jit
+def difference_range(a, b, c, d, lo, n, ALIGNED: tl.constexpr, TYPES: tl.constexpr):
+    """The sum of ``(a - b) (c - d)`` over a chunk."""
+    a, b = elements(a, lo, TYPES.g, ALIGNED), elements(b, lo, TYPES.other, ALIGNED)
+    c, d = elements(c, lo, TYPES.cache, ALIGNED), elements(d, lo, TYPES.state1, ALIGNED)
+    BLOCK: tl.constexpr = TYPES.block
+    LANE: tl.constexpr = 128 // TYPES.g.primitive_bitwidth
+    o = tl.arange(0, BLOCK)
+    sums = tl.zeros((BLOCK // LANE,), tl.float64)
+    for i in range(n // BLOCK):
+        sums = difference_block(a, b, c, d, i * BLOCK + o, None, sums, LANE, TYPES.math)
+    j = n // BLOCK * BLOCK + o
+    return tl.sum(difference_block(a, b, c, d, j, j < n, sums, LANE, TYPES.math), 0)
+
+
+@triton.jit(do_not_specialize=["n_tensors", "n_chunks", "n_all_chunks"])
+def difference_kernel(
+    rows, places, chunks, partials, out, sem, n_tensors, n_chunks, n_all_chunks,
+    PHASES: tl.constexpr, TYPES: tl.constexpr,
+):  # fmt: skip
+    """Sums of ``(a - b) (c - d)``, per tensor and over all.
+
+    Operands: GRAD is ``a``, FIRST is ``b``, of dtype ``TYPES.other``, CACHE is ``c``, STATE1 is ``d``.
+    """
+    tables = Tables(rows, places, partials, rows, partials, out, n_tensors, n_all_chunks)
+    begin, end = share(n_chunks)
+    if PHASES & REDUCE:
+        for i in range(begin, end):
+            chunk = locate(chunks, tables, n_chunks, i)
+            a, b = entry(tables, GRAD, chunk.t), entry(tables, FIRST, chunk.t)
+            c, d = entry(tables, CACHE, chunk.t), entry(tables, STATE1, chunk.t)
+            if ((a | b | c | d) & 15) == 0:
+                partial = difference_range(a, b, c, d, chunk.lo, chunk.n, True, TYPES)
+            else:
+                partial = difference_range(a, b, c, d, chunk.lo, chunk.n, False, TYPES)
+            write_partial(tables, AA, chunk, partial)
+    fold_and_close(tables, AA, out, sem, PHASES)
+
+
 # ---- perturb
 
 
@@ -289,15 +354,7 @@ def decompose_kernel(
             else:
                 cc = decompose_range(cache, g, first, lo, n, one, coeff, TYPES.other, False, False, TYPES)
             write_partial(tables, CC, chunk, cc)
-    barrier_before(FOLD, PHASES, sem)
-    if PHASES & FOLD:
-        for tile in range(tl.program_id(0), tl.cdiv(n_tensors, FOLD_TENSORS), tl.num_programs(0)):
-            t = tile * FOLD_TENSORS + tl.arange(0, FOLD_TENSORS)
-            tl.store(out + t, fold_chunks(tables, CC, t), mask=t < n_tensors)
-    barrier_before(CLOSE, PHASES, sem)
-    if PHASES & CLOSE:
-        if tl.program_id(0) == 0:
-            write_total(out, n_tensors)
+    fold_and_close(tables, CC, out, sem, PHASES)
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from .lists import (
     climb_kernel,
     combine_kernel,
     decompose_kernel,
+    difference_kernel,
     norms_kernel,
     update_list_kernel,
 )
@@ -36,6 +37,7 @@ from .update import Update
 __all__ = [
     "combine",
     "decompose",
+    "difference_dot",
     "drop_grow_mask",
     "fisher_accumulate",
     "norms",
@@ -88,6 +90,32 @@ def norms(
 
     phases = int(common.REDUCE) | int(common.FOLD) | int(common.CLOSE)
     run_phases(launch, tables.slices("norms", combinations(a, b or a, w or a)), phases)
+    return out
+
+
+def difference_dot(a: Tensors, b: Tensors, c: Tensors, d: Tensors) -> Tensor:
+    """As ``reference.difference_dot``."""
+    tables = tables_of(a, {common.GRAD: a, common.FIRST: b, common.CACHE: c, common.STATE1: d})
+    out = torch.empty(len(a) + 1, dtype=torch.float64, device=a[0].device)
+
+    def launch(part: Slice, phases: int) -> None:
+        first, second, third, fourth = part.dtypes
+        n_chunks = part.chunks.shape[1]
+        run(
+            difference_kernel,
+            out.device,
+            [
+                *(tables.rows, tables.places, part.chunks, tables.partials, out, tables.sem),
+                *(len(a), n_chunks, tables.n_chunks),
+            ],
+            n_chunks,
+            registers_for(part.dtypes, crowded=True),
+            PHASES=phases,
+            TYPES=types_of(first, first, other=second, cache=third, state1=fourth),
+        )
+
+    phases = int(common.REDUCE) | int(common.FOLD) | int(common.CLOSE)
+    run_phases(launch, tables.slices("difference", combinations(a, b, c, d)), phases)
     return out
 
 

@@ -34,6 +34,9 @@ void update_apply(const PlanView& plan, const UpdateOptions& options, const Appl
 // Writes plan.mask. plan.grad is in the order of the mask's bits.
 void select_mask(const PlanView& plan, const SelectOptions& options, const Pool& pool);
 
+// Fills plan.sums[kAA] with the sums of (plan.grad - plan.first) (plan.cache - plan.state1).
+void difference_dot(const PlanView& plan, const Pool& pool);
+
 void fisher_accumulate(const PlanView& plan, const FisherOptions& options, const Pool& pool);
 
 }  // namespace samkern::cpu

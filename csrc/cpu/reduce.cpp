@@ -1,5 +1,5 @@
-// norms: sums of squares and products of whole tensor lists. Chunks and filters are added in a fixed order in double,
-// so the result does not depend on the number of threads.
+// norms and difference_dot: sums of squares and products of whole tensor lists. Chunks and filters are added in a fixed
+// order in double, so the result does not depend on the number of threads.
 #include "../scalars.h"
 #include "bits.h"
 #include "launchers.h"
@@ -70,6 +70,20 @@ void reduce_chunk(const PlanView& plan, const ReduceOptions& options, const Span
         sums[kTT] += sum_squares(weighed, n);
       }
     }
+  }
+  std::copy_n(sums, kNSums, plan.partials + static_cast<int64_t>(chunk.chunk) * kNSums);
+}
+
+template <typename T>
+void multiply_differences(const PlanView& plan, const Span& chunk) {
+  const Operand &a = plan.grad[chunk.tensor], &b = plan.first[chunk.tensor];
+  const Operand &c = plan.cache[chunk.tensor], &d = plan.state1[chunk.tensor];
+  double sums[kNSums] = {};
+  T buffer_a[kBlock], buffer_b[kBlock], buffer_c[kBlock], buffer_d[kBlock];
+  for (int64_t at = chunk.at; at < chunk.at + chunk.n; at += kBlock) {
+    const int64_t n = std::min(kBlock, chunk.at + chunk.n - at);
+    sums[kAA] += sum_difference_products(read(a, at, n, buffer_a), read(b, at, n, buffer_b), read(c, at, n, buffer_c),
+                                         read(d, at, n, buffer_d), n);
   }
   std::copy_n(sums, kNSums, plan.partials + static_cast<int64_t>(chunk.chunk) * kNSums);
 }
@@ -170,6 +184,13 @@ void reduce(const PlanView& plan, const ReduceOptions& options, const Pool& pool
     with_math_type(plan.w[chunk.tensor].dtype, [&](auto zero) { reduce_chunk<decltype(zero)>(plan, options, chunk); });
   });
   fold(plan, options);
+}
+
+void difference_dot(const PlanView& plan, const Pool& pool) {
+  for_chunks(plan, pool, Walk::kForwards, [&](const Span& chunk) {
+    with_math_type(plan.w[chunk.tensor].dtype, [&](auto zero) { multiply_differences<decltype(zero)>(plan, chunk); });
+  });
+  fold(plan, {});
 }
 
 void scale_sums(const PlanView& plan, Sum which, double factor) {

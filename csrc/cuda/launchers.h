@@ -12,6 +12,7 @@ const char* update(const PlanView& plan, const UpdateOptions& options, const dev
 
 // The passes alone, with the caller's scalars: csrc/cpu/launchers.h. All tensors are in the first group.
 const char* reduce(const PlanView& plan, const ReduceOptions& options, const device::Stream& stream);
+const char* difference_dot(const PlanView& plan, const device::Stream& stream);
 const char* perturb_apply(const PlanView& plan, const PerturbOptions& options, const device::Stream& stream);
 const char* update_apply(const PlanView& plan, const UpdateOptions& options, const Applied& applied,
                          const device::Stream& stream);

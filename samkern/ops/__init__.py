@@ -13,6 +13,7 @@ from .masks import drop_grow_mask, fisher_accumulate, grow_mask, random_mask, to
 from .passes import (
     combine,
     decompose,
+    difference_dot,
     norms,
     perturb,
     restore,
@@ -24,6 +25,7 @@ from .passes import (
 __all__ = [
     "combine",
     "decompose",
+    "difference_dot",
     "drop_grow_mask",
     "fisher_accumulate",
     "grow_mask",

@@ -86,6 +86,7 @@ def check_same_dtypes(saved: Tensors, w: Tensors) -> None:
 
 _OPS = {
     "norms": "norms",
+    "difference_dot": "difference_dot",
     "perturb": "perturb_",
     "restore": "restore_",
     "combine": "combine_",
@@ -105,14 +106,18 @@ def _decompose(c: list[Tensor], g: list[Tensor], g_s: list[Tensor], k: Tensor) -
 
 
 if native is not None:
-    # Shapes only, for torch.compile: every op writes what its schema says, and returns nothing but for norms.
+    # Shapes only, for torch.compile: every op writes what its schema says, and returns nothing but for the reductions.
     @torch.library.register_fake("samkern::norms")  # type: ignore[untyped-decorator]
     def _norms_fake(a: list[Tensor], *args: Any, **options: Any) -> Tensor:
         return a[0].new_empty(len(reference.SUMS), len(a) + 1, dtype=torch.float64)
+
+    @torch.library.register_fake("samkern::difference_dot")  # type: ignore[untyped-decorator]
+    def _difference_dot_fake(a: list[Tensor], *args: Any) -> Tensor:
+        return a[0].new_empty(len(a) + 1, dtype=torch.float64)
 
     def _nothing(*args: Any, **options: Any) -> None:
         return None
 
     for _name in (*_OPS.values(), "decompose_"):
-        if _name != "norms":
+        if _name not in ("norms", "difference_dot"):
             torch.library.register_fake(f"samkern::{_name}")(_nothing)

@@ -60,6 +60,34 @@ def norms(
 
 
 @torch.no_grad()
+def difference_dot(a: Tensors, b: Tensors, c: Tensors, d: Tensors, *, backend: str | None = None) -> Tensor:
+    """Sums of ``(a - b) (c - d)`` over whole lists in one pass, added in float64 in a fixed order.
+
+    ``<gv - gt, g_s - g>`` is the hypergradient of a learned radius (LETS), and ``difference_dot(g_s, g, g_s, g)`` is
+    ``norm(g_s - g)^2``. Nothing is written, and no difference is kept.
+
+    Args:
+        a, b, c, d: the same list may be given twice. Differences are rounded to float32, or to float64 where ``a`` is that.
+        backend: as for the optimizers.
+
+    Returns:
+        float64 of shape (n + 1,): per tensor and over all. A NaN stays one.
+
+    Raises:
+        ValueError: lengths or shapes differ.
+        TypeError: a tensor is not dense float32, float64, bfloat16 or float16.
+
+    >>> w, x = [torch.tensor([3.0, 4.0])], [torch.tensor([1.0, 1.0])]
+    >>> samkern.ops.difference_dot(w, x, w, x).tolist()
+    [13.0, 13.0]
+    """
+    a = _dense(a)
+    run = implementation("difference_dot", backend, reads={"a": a, "b": b, "c": c, "d": d}, writes={})
+    sums: Tensor = run(list(a), list(b), list(c), list(d))
+    return sums
+
+
+@torch.no_grad()
 def perturb(
     w: Tensors,
     g: Tensors,
