@@ -9,14 +9,36 @@ from .backends import NotBuiltError, backends, info, native, use_backend
 from .batchnorm import frozen_running_stats
 from .bitmask import BitMask
 from .fisher import SampleLosses
-from .optim import AESAM, ASAM, RST, SAM, SSAMD, SSAMF, AELookSAM, LookLayerSAM, LookSAM, SAMk, SharpnessAware
+from .optim import (
+    AESAM,
+    ARSAM,
+    ASAM,
+    GRST,
+    LETSASAM,
+    LETSSAM,
+    MSAM,
+    RST,
+    SAM,
+    SSAMD,
+    SSAMF,
+    AELookSAM,
+    LookLayerSAM,
+    LookSAM,
+    SAMk,
+    SharpnessAware,
+)
 
 if native is None:
     warnings.warn(f"samkern runs on plain PyTorch passes, which are slower: {backends()['cpu'].why}", stacklevel=2)
 
 __all__ = [
     "AESAM",
+    "ARSAM",
     "ASAM",
+    "GRST",
+    "LETSASAM",
+    "LETSSAM",
+    "MSAM",
     "RST",
     "SAM",
     "SSAMD",

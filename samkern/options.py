@@ -64,6 +64,12 @@ def host_and_device(value: float | Tensor) -> tuple[float, Tensor | None]:
     return float(value), None
 
 
+def perturbs(rho: float | Tensor) -> bool:
+    """Whether a group with this radius is perturbed; one that only the GPU knows counts as positive."""
+    host, on_device = host_and_device(rho)
+    return on_device is not None or host > 0
+
+
 class ClimbGroup(NamedTuple):
     """How one param group is perturbed. ``rho = 0``: not at all. ``rho_on_device``, if given, wins over ``rho``."""
 
@@ -81,7 +87,7 @@ class ClimbGroup(NamedTuple):
 
     @property
     def perturbs(self) -> bool:
-        """Whether the group is perturbed; a radius that only the GPU knows counts as one."""
+        """Whether the group is perturbed."""
         return self.rho_on_device is not None or self.rho > 0
 
 

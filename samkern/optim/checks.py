@@ -17,8 +17,10 @@ def at_least(name: str, value: float, bound: float, *, strictly: bool = False) -
 
     A tensor on a GPU passes: to look at it would stop the GPU.
     """
-    if isinstance(value, Tensor) and value.device.type != "cpu":
-        return
+    if isinstance(value, Tensor):
+        if value.device.type != "cpu":
+            return
+        value = value.item()
     sound = isinstance(value, (int, float)) and math.isfinite(value)
     if not sound or value < bound or (strictly and value == bound):
         raise ValueError(f"{name} must be a finite number {'>' if strictly else '>='} {bound}, got {value!r}")

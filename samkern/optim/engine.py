@@ -1,46 +1,30 @@
-"""SharpnessAware: the loop that every method of the family is, once.
-
-::
-
-    closure() -> g    look? -> w + eps -> closure() -> g_s    restore, mix, base update
-
-Where it climbs, which entries, when it looks and what it keeps are choices (``perturbation``, ``mask``, ``schedule``,
-``reuse``); the passes over the weights are two calls of a plan. This file is about order, and about what is put back when
-something fails in between.
-"""
+"""SharpnessAware: an optimizer composed of its choices. Its groups, masks and checkpoints; steps are in ``loop.py``."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .. import ops
-from ..batchnorm import frozen_running_stats
 from ..bitmask import BitMask
-from ..options import Base, Mix, MixOptions, Report, Scaling
-from ..reference import finite
-from .around import OptimizerAround
-from .base import fused_rule, make_base
-from .checks import at_least, one_number_on, one_of, warn_caller
+from . import fit
+from .base import make_base
+from .change import Change
+from .checks import at_least, one_of
 from .explain import explain
-from .fixed_gradients import FixedGradients
 from .keeper import PlanKeeper, parameters_of
+from .loop import StepLoop
 from .mask import Losses, Mask
 from .masking import Masking
 from .perturbation import Euclidean, Perturbation
-from .record import StepRecord
+from .radius import LearnedRadius
 from .reuse import Reuse
-from .rng import SharedRng
-from .schedule import Always, Decision, Now, Schedule
+from .schedule import Always, Schedule
 
 
-class SharpnessAware(OptimizerAround):
+class SharpnessAware(StepLoop):
     """A sharpness-aware optimizer composed of its choices, around any ``torch.optim`` optimizer.
 
     With a closure, which ``step`` calls once or twice; it returns the first loss::
@@ -60,6 +44,12 @@ class SharpnessAware(OptimizerAround):
             loss_fn(net(x), y).backward()
         opt.second_step()
 
+    A perturbation before the only pass (``Momentum``) calls the closure once; without one::
+
+        with opt.perturbed():
+            loss_fn(net(x), y).backward()
+        opt.step()
+
     Args:
         params: parameters or param groups, as for ``torch.optim``; None with a ready ``base``. Dense float32, float64,
             bfloat16 or float16 tensors of any shape, on one device. A group may override ``rho`` and every other option of
@@ -71,7 +61,7 @@ class SharpnessAware(OptimizerAround):
         schedule: which steps look there.
         reuse: what a look leaves for the others.
         mask: which entries are perturbed; None: all of them. A group with ``masked=False`` is perturbed entirely.
-        radius: overrides the perturbation's ``rho``.
+        radius: overrides the perturbation's ``rho``: a number, or a ``LearnedRadius``.
         model: its BatchNorm statistics are frozen in second passes.
         max_grad_norm: clips what the base receives to this norm, > 0. The perturbation is not affected.
         cache_dtype: ``torch.float32`` or ``torch.bfloat16`` for what ``reuse`` keeps (float32: float64 for float64 weights).
@@ -99,26 +89,6 @@ class SharpnessAware(OptimizerAround):
     True
     """
 
-    # Not pickled or copied: what belongs to the process, or to a step under way.
-    _TRANSIENT = frozenset({"_pending", "_frozen", "_fixed", "last_step", "grad_scale", "found_inf"})
-
-    # A loss scale and an overflow flag, as torch.amp.GradScaler gives them to optimizers that undo the scale themselves:
-    # float32 tensors of one entry on the parameters' device. Read in both halves of a step.
-    grad_scale: torch.Tensor | None = None
-    found_inf: torch.Tensor | None = None
-
-    # In optimizers that an earlier version has pickled.
-    _capturable = False
-    mask: Mask | None = None
-    _masking: Masking | None = None
-
-    perturbation: Perturbation
-    schedule: Schedule
-    reuse: Reuse | None
-    evaluations: int
-    last_step: StepRecord | None
-    _pending: StepRecord | None
-
     def __init__(
         self,
         params: Any,
@@ -128,7 +98,7 @@ class SharpnessAware(OptimizerAround):
         schedule: Schedule | None = None,
         reuse: Reuse | None = None,
         mask: Mask | None = None,
-        radius: float | None = None,
+        radius: float | LearnedRadius | None = None,
         model: nn.Module | None = None,
         max_grad_norm: float | None = None,
         cache_dtype: torch.dtype = torch.float32,
@@ -153,98 +123,25 @@ class SharpnessAware(OptimizerAround):
             if choice
             for name, value in choice.options.items()
         }
+        self.learned = radius if isinstance(radius, LearnedRadius) else None
         if radius is not None:
-            options["rho"] = radius
+            options["rho"] = radius.initial if isinstance(radius, LearnedRadius) else radius
         base = make_base(params, base, base_options)
         self._keeper = PlanKeeper(base, backend, cache_dtype)
+        self._change = Change(self._keeper)
         self._masking = Masking(mask, self._keeper) if mask is not None else None
-        of_all = ("k", "scope", "min_sine", "sparsity", "renormalise", "refresh_interval")
+        of_all = ("k", "scope", "min_sine", "max_age", "sparsity", "renormalise", "refresh_interval", "period")
         super().__init__(base, options, not_per_group=of_all)
         self.evaluations = self._t = 0
-        self._capturable = capturable
-        if capturable:
-            self._check_capturable()
-            self._put_options_on_device()
-        self._warn_of_half_precision()
+        self.capturable = capturable
+        fit.check_choices(self)
+        self._put_options_on_device()
+        fit.warn_of_half_precision(self)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step: evaluates ``closure`` once, or twice if the schedule looks, and returns what it returned first.
-
-        ``closure`` zeroes the gradients, computes the loss, calls ``backward`` and returns the loss. If it raises in the
-        second pass (an interrupt too), weights, gradients, state and counters are as they were before the step.
-
-        Raises:
-            TypeError: no closure, or a gradient that is sparse or complex; weights and state are as they were.
-        """
-        if closure is None:
-            raise TypeError("step() needs a closure (zero_grad, loss, backward); or use first_step() and second_step()")
-        self.require_idle("step()")
-        rng = SharedRng(parameters_of(self.base)) if self.share_rng else None
-        with torch.enable_grad():
-            loss = closure()
-        try:
-            if self._first_half(keep=True):
-                if rng is not None:
-                    rng.rewind()
-                with torch.enable_grad():
-                    closure()
-            self.second_step()
-        except BaseException:
-            self.restore()
-            raise
-        return loss
-
-    @torch.no_grad()
-    def first_step(self, zero_grad: bool = False) -> bool:
-        """First half of a step, after the first backward. Returns whether a second backward is wanted.
-
-        If so, weights are perturbed until ``second_step()`` or ``restore()``, and the gradients have been taken from the
-        parameters, so that the second backward does not add to them. ``zero_grad=True`` frees them (unless the method
-        needs them), which saves their memory; ``restore()`` then cannot put them back. If not, nothing has changed: go
-        on to ``second_step()`` without another backward.
-        """
-        if self.share_rng:
-            raise RuntimeError("share_rng=True needs step(closure): first_step() comes after the first pass has drawn")
-        self.require_idle("first_step()")
-        try:
-            return self._first_half(keep=not zero_grad)
-        except BaseException:
-            self.restore()
-            raise
-
-    @torch.no_grad()
-    def second_step(self, zero_grad: bool = False) -> None:
-        """Second half of a step: restores the weights and updates them. Then zeroes the gradients, if asked to."""
-        if self._pending is None:
-            raise RuntimeError("second_step() without first_step(): call first_step() after the first backward")
-        record = self._pending
-        try:
-            record = replace(record, had_gradients=record.had_gradients or self._has_gradients())
-            self._update(record)
-        except BaseException:
-            self.restore()
-            raise
-        self._finish()
-        self._t += 1
-        self.evaluations += record.evaluations
-        self.last_step = record
-        self.schedule.settle(lambda: (record.report[Report.SKIPPED_FIRST :] != 0).any())
-        if self._masking is not None:
-            self._masking.settle(self._t - 1, record.report, self._scaling)
-        # Learning-rate schedulers look here to see whether their optimizer has stepped; either of the two may have one.
-        self._opt_called = self.base._opt_called = True  # type: ignore[attr-defined]
-        if zero_grad:
-            self.zero_grad()
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Undoes ``first_step()``: weights bitwise, gradients if they were kept. Nothing to undo: does nothing."""
-        self._keeper.restore()
-        self.schedule.undo()
-        if self._masking is not None:
-            self._masking.undo()
-        self._finish()
+    @property
+    def radius(self) -> float | Tensor:
+        """The learned radius, a 0-d tensor; without one, the default ``rho`` of the groups."""
+        return self.learned.rho if self.learned is not None else self.defaults[self.key("rho")]
 
     @torch.no_grad()
     def refresh_mask(self, losses: Losses | None = None) -> None:
@@ -270,74 +167,6 @@ class SharpnessAware(OptimizerAround):
         masks = self._keeper.kept.masks
         return [BitMask(masks[p], (p.shape,)).unpack()[0] if p in masks else None for p in parameters_of(self.base)]
 
-    def _groups(self) -> list[dict[str, Any]]:
-        """Our options of each group, by their plain names, with its parameters."""
-        return [{**self.options(group), "params": group["params"]} for group in self.param_groups]
-
-    def _first_half(self, keep: bool) -> bool:
-        plan = self._keeper.plan()
-        decision = self.schedule.decide(Now(self._t, self._norm_sq))
-        looks = decision == Decision.LOOK
-        report = torch.empty(len(Report), dtype=torch.float64, device=self._keeper.kept.skips.device)
-        record = StepRecord(looks, 2 if looks else 1, self._has_gradients(), report, decision == Decision.REUSE)
-        if self._masking is not None:
-            overwrites = not looks and fused_rule(self.base)[0] is None
-            self._masking.before_climb(self._t, self._groups(), overwrites, self._scaling, self.model)
-        if looks:
-            climbs = [self.perturbation.climb(self.options(group)) for group in self.param_groups]
-            if self._capturable:
-                self._fixed.set_aside(parameters_of(self.base))
-            renormalise = self.mask is not None and self.mask.renormalise
-            plan.perturb(climbs, keep or self.reuse is not None, report, self._scaling, renormalise)
-            if self._capturable:
-                self._fixed.lend()
-            if self.model is not None:
-                self._frozen.enter_context(frozen_running_stats(self.model))
-        self._pending = record
-        return looks
-
-    def _update(self, record: StepRecord) -> None:
-        mix = MixOptions()
-        if self.reuse is not None and (record.looked or record.reuses):
-            mix = self.reuse.mix(record.looked, [self.options(group) for group in self.param_groups])
-        plan = self._keeper.plan(in_step=True)
-        rule = self._keeper.prepare(plan, with_cache=mix.mix == Mix.DECOMPOSE)
-        options = [rule.group(group) for group in self.param_groups] if rule else ()
-        check, clip = self.nonfinite == "skip", self.max_grad_norm or 0.0
-        base = rule.base if rule else Base.NONE
-        plan.update(base, options, mix, record.looked, check, clip, record.report, self._scaling)
-        # A foreign step cannot be told by a flag on the device to do nothing: the one host read of a step.
-        judged = check or self.found_inf is not None
-        if rule is None and record.had_gradients and not (judged and record.skipped):
-            self.base.step()
-
-    def _norm_sq(self) -> torch.Tensor:
-        """``norm(g)^2`` over all tensors, without a loss scale; NaN if a gradient is not finite. For schedules that ask."""
-        device, scaling = self._keeper.kept.skips.device, self._scaling
-        there = [p.grad for p in parameters_of(self.base) if p.grad is not None]
-        if not there:
-            return torch.zeros((), dtype=torch.float64, device=device)
-        sums = ops.norms(there, backend=self._keeper.resolved())[0]
-        sound = finite(sums[:-1], there)
-        if scaling.found_inf is not None:
-            sound = sound & (scaling.found_inf.squeeze() == 0)
-        scale = 1.0 if scaling.grad_scale is None else scaling.grad_scale.double().squeeze()
-        return torch.where(sound, sums[-1] / (scale * scale), math.nan)
-
-    @property
-    def _scaling(self) -> Scaling:
-        for name in Scaling._fields:
-            one_number_on(name, getattr(self, name), self._keeper.kept.skips.device)
-        return Scaling(self.grad_scale, self.found_inf)
-
-    def _finish(self) -> None:
-        self._pending = None
-        self._fixed.give_back()
-        self._frozen.close()
-
-    def _has_gradients(self) -> bool:
-        return any(p.grad is not None for group in self.param_groups for p in group["params"])
-
     def explain(self) -> str:
         """Which backend runs the passes, and for each group how it is perturbed and how it is updated, and why."""
         return explain(self, self._keeper)
@@ -346,13 +175,6 @@ class SharpnessAware(OptimizerAround):
     def skips(self) -> int:
         """Steps that changed nothing because a gradient was not finite. Reads the device."""
         return int(self._keeper.kept.skips)
-
-    def require_idle(self, what: str) -> None:
-        """Raises ``RuntimeError`` between ``first_step`` and ``second_step``."""
-        if self._pending is not None:
-            raise RuntimeError(
-                f"{what} between first_step() and second_step(): finish the step or undo it by restore()"
-            )
 
     def check_group(self, options: Mapping[str, Any]) -> None:
         """Raises ``ValueError`` if an option of a group is out of range."""
@@ -367,25 +189,14 @@ class SharpnessAware(OptimizerAround):
         super().add_param_group(param_group)
         self._put_options_on_device()
 
-    def _check_capturable(self) -> None:
-        rule, why = fused_rule(self.base)
-        if rule is None:
-            raise ValueError(
-                f"capturable=True needs a fused update: {why}, and whether to step is then asked on the host"
-            )
-        if self.mask is not None and self.mask.accumulates(0) is not None:
-            raise ValueError(
-                "capturable=True does not go with fisher='batch': a graph cannot add to it on some steps only"
-            )
-        if self.schedule.reads_gradients:
-            name = type(self.schedule).__name__
-            raise ValueError(f"capturable=True does not go with {name}, which asks the device whether to look")
-        if self.share_rng:
-            raise ValueError("capturable=True does not go with share_rng=True: a graph cannot wind back random numbers")
-
     def _put_options_on_device(self) -> None:
-        """With ``capturable``, makes ``lr`` and ``rho`` tensors that kernels read. ``rho = 0`` means unperturbed, and stays."""
-        if not self._capturable or self._keeper.resolved() not in ("cuda", "triton"):
+        """Shares a learned radius among the groups. With ``capturable``, makes ``lr`` and ``rho`` tensors that kernels read.
+
+        ``rho = 0`` means unperturbed, and stays.
+        """
+        if self.learned is not None:
+            self.learned.attach(self.param_groups, self.key("rho"), self._keeper.kept.skips.device)
+        if not self.capturable or self._keeper.resolved() not in ("cuda", "triton"):
             return
         device = self._keeper.kept.skips.device
         for group in self.param_groups:
@@ -395,16 +206,6 @@ class SharpnessAware(OptimizerAround):
                 if not on_device and (key == "lr" or value > 0):
                     group[key] = torch.tensor(float(value), dtype=torch.float32, device=device)
 
-    def _warn_of_half_precision(self) -> None:
-        if self.perturbation.survives_half_precision:
-            return
-        perturbed = [group for group in self.param_groups if self.perturbation.climb(self.options(group)).perturbs]
-        if any(p.element_size() == 2 for group in perturbed for p in group["params"]):
-            warn_caller(
-                "half-precision weights lose perturbations below half a unit in their last place; keep the weights in "
-                "float32 and use autocast, or watch opt.last_step.realised"
-            )
-
     # ---- checkpoints and copies
 
     def base_state_dict(self) -> dict[str, Any]:
@@ -413,9 +214,10 @@ class SharpnessAware(OptimizerAround):
 
     def own_state(self) -> dict[str, Any]:
         """Our part of a checkpoint: counters, caches, masks."""
-        mask = self.mask.state() if self.mask is not None else {}
         counters = {"version": 1, "t": self._t, "evaluations": self.evaluations}
-        return {**counters, "mask": mask, "schedule": self.schedule.state(), **self._keeper.state_dict()}
+        choices = {"mask": self.mask, "schedule": self.schedule, "reuse": self.reuse, "radius": self.learned}
+        states = {name: choice.state() for name, choice in choices.items() if choice is not None}
+        return {**counters, **states, **self._keeper.state_dict()}
 
     def check_own_state(self, state: Mapping[str, Any]) -> None:
         """Raises ``ValueError`` if our part of a checkpoint is of other parameters or in another format."""
@@ -430,18 +232,12 @@ class SharpnessAware(OptimizerAround):
         self.schedule.load_state(state.get("schedule", {}))
         if self.mask is not None:
             self.mask.load_state(state.get("mask", {}))
+        if self.reuse is not None:
+            self.reuse.load_state(state.get("reuse", {}))
+        if self.learned is not None:
+            self.learned.load_state(state.get("radius", {}))
         self._put_options_on_device()
 
     def restore_precision(self, state_dict: Mapping[str, Any]) -> None:
         """Puts back the float32 state of half-precision parameters."""
         self._keeper.restore_precision(state_dict)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._pending, self.last_step, self._frozen = None, None, contextlib.ExitStack()
-        self._fixed = FixedGradients()
-        super().__setstate__(state)
-
-    @classmethod
-    def is_persistent(cls, name: str) -> bool:
-        """Whether pickle and deepcopy take this attribute along."""
-        return name not in cls._TRANSIENT and super().is_persistent(name)

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..bitmask import BitMask
-from ..options import Report, Scaling
-from ..reference import finite, math_dtype
+from ..options import Scaling, perturbs
+from ..reference import math_dtype
 from .checks import warn_caller
+from .gradients import norm_sq
 from .keeper import PlanKeeper
 from .mask import Losses, Mask, Sight
+from .record import StepRecord
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -69,13 +71,13 @@ class Masking:
             raise
         self._idle()
 
-    def settle(self, t: int, report: Tensor, scaling: Scaling) -> None:
+    def settle(self, t: int, record: StepRecord, scaling: Scaling) -> None:
         """Ends step ``t``: what a step that was skipped has changed is put back, without asking the device whether it was."""
         kept, refreshed, first = self._keeper.kept, self._refreshed, self._first
         self._idle()
         if refreshed is None and not first:
             return
-        skipped = (report[Report.SKIPPED_FIRST :] != 0).any()
+        skipped = record.was_skipped
         if refreshed is not None:
             for p, bits in kept.masks.items():
                 bits.copy_(torch.where(skipped, refreshed[p], bits))
@@ -99,7 +101,7 @@ class Masking:
     def _follow(self, t: int, groups: Groups) -> None:
         """What the mask covers may have changed: groups were added, taken out, or have another radius now."""
         kept = self._keeper.kept
-        coverage = [(bool(group["masked"]), _perturbs(group["rho"]), len(group["params"])) for group in groups]
+        coverage = [(bool(group["masked"]), perturbs(group["rho"]), len(group["params"])) for group in groups]
         if [kept, *coverage] == self._coverage:
             return
         params, masks = _covered(groups), kept.masks
@@ -117,10 +119,13 @@ class Masking:
         if kept.masks and not _are_same(params, kept.masks):  # a parameter was frozen, or is no longer
             self._put(self.mask.adapted(params, kept.masks, t, backend))
         gradients = [p.grad for p in params]
-        sound = self._all_finite(gradients, scaling) if self.mask.wants_gradients else None
-        old = BitMask.ones(params)
+        sound = None
+        if self.mask.wants_gradients and any(g is not None for g in gradients):
+            sound = norm_sq(gradients, scaling, backend, params[0].device).isfinite()
         if _are_same(params, kept.masks):
             old = BitMask(torch.cat(list(kept.masks.values())), tuple(p.shape for p in params))
+        else:
+            old = BitMask.ones(params)
         new = self.mask.refreshed(
             Sight(params, old, gradients, kept.squares, sound, losses, model, backend, t, by_hand)
         )
@@ -143,14 +148,6 @@ class Masking:
             kept.masks = dict(masks)
         self._keeper.bind_masks()
 
-    def _all_finite(self, gradients: Sequence[Tensor | None], scaling: Scaling) -> Tensor | None:
-        there = [g for g in gradients if g is not None]
-        if not there:
-            return None
-        sums = ops.norms(there, backend=self._keeper.resolved())
-        sound = finite(sums[0, :-1], there)
-        return sound if scaling.found_inf is None else sound & (scaling.found_inf.squeeze() == 0)
-
     def _warn_if_waiting(self, t: int) -> None:
         interval = self.mask.refresh_interval
         overdue = interval is not None and t >= interval and not self._keeper.kept.masks
@@ -164,13 +161,8 @@ class Masking:
 
 def _covered(groups: Groups) -> list[Tensor]:
     """Parameters whose entries the mask chooses."""
-    chosen = [group for group in groups if group["masked"] and _perturbs(group["rho"])]
+    chosen = [group for group in groups if group["masked"] and perturbs(group["rho"])]
     return [p for group in chosen for p in group["params"] if p.requires_grad]
-
-
-def _perturbs(rho: float | Tensor) -> bool:
-    # A radius that only the GPU knows counts as one: to look at it would stop the GPU.
-    return (isinstance(rho, Tensor) and rho.device.type != "cpu") or rho > 0  # type: ignore[return-value]
 
 
 def _are_same(params: Sequence[Tensor], masks: Mapping[Tensor, Tensor]) -> bool:

@@ -20,6 +20,8 @@ class Perturbation(ABC):
     ``options`` are the defaults of its keys in the param groups.
     """
 
+    before_pass = False  # climbs before the only pass of a step, not between two
+
     def __init__(self, rho: float, **options: Any) -> None:
         self.options: dict[str, Any] = {"rho": rho, **options}
         self.check(self.options)
@@ -147,3 +149,38 @@ class Layerwise(Perturbation):
     @property
     def survives_half_precision(self) -> bool:
         return True
+
+
+class Momentum(Perturbation):
+    """MSAM: ``eps = -rho v / norm(v)``, v the momentum of the base, so that one pass is enough: it is taken at ``w + eps``.
+
+    Minus, because ``-v`` is where the weights move next. The base must be SGD with momentum, Adam or AdamW with a fused
+    update. Before the first update v is zero, and so is ``eps``.
+
+    Args:
+        how: how the climb follows v, as another perturbation follows a gradient; None: ``Euclidean(1.0)``. Its radius is
+            about 15 times SAM's.
+
+    Becker et al. 2024, https://arxiv.org/abs/2401.12033.
+
+    >>> samkern.optim.Momentum(samkern.optim.Filterwise(2.0)).options["rho"]
+    2.0
+    """
+
+    before_pass = True
+
+    def __init__(self, how: Perturbation | None = None) -> None:
+        self._how = how or Euclidean(1.0)
+        if self._how.before_pass:
+            raise ValueError("how must follow gradients, such as Euclidean or Filterwise, got a Momentum")
+        self.options = self._how.options
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        self._how.check(group)
+
+    def climb(self, group: Mapping[str, Any]) -> ClimbGroup:
+        return self._how.climb(group)
+
+    @property
+    def survives_half_precision(self) -> bool:
+        return self._how.survives_half_precision

@@ -8,34 +8,50 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..options import Report
+from .schedule import Decision
 
 
 @dataclass(frozen=True)
 class StepRecord:
     """One step: what it spent and what it saw. Numbers stay on the device until they are read.
 
-    ``looked``: whether the second pass was taken. ``reuses``: whether instead what an earlier look left is mixed in, where
-    something is kept. ``evaluations``: forward-backward pairs of this step.
+    ``decision``: what became of the step. ``evaluations``: forward-backward pairs of this step. ``only_perturbed``: its one
+    gradient was taken at ``w + eps``.
     """
 
-    looked: bool
+    decision: Decision
     evaluations: int
     had_gradients: bool
     report: Tensor
-    reuses: bool = False
+    only_perturbed: bool = False
+
+    @property
+    def looked(self) -> bool:
+        """Whether a gradient was taken at ``w + eps``."""
+        return self.decision == Decision.LOOK
+
+    @property
+    def reuses(self) -> bool:
+        """Whether what an earlier look left is mixed in, where something is kept."""
+        return self.decision == Decision.REUSE
 
     @property
     def grad_norm(self) -> Tensor:
-        """Norm of the gradient at ``w``, over all tensors that have one: a 0-d float64 tensor on their device.
+        """Norm of the step's first gradient, over all tensors that have one: a 0-d float64 tensor on their device.
 
-        0 on a plain step with ``nonfinite="ignore"`` and without clipping, which computes no norm.
+        0 with ``nonfinite="ignore"`` and without clipping on a step with one gradient, which computes no norm.
         """
-        return self.report[Report.GRAD_NORM]
+        return self.report[Report.SECOND_NORM if self.only_perturbed else Report.GRAD_NORM]
 
     @property
     def second_norm(self) -> Tensor | None:
         """Norm of the gradient at ``w + eps``, or None if the step did not look."""
         return self.report[Report.SECOND_NORM] if self.looked else None
+
+    @property
+    def was_skipped(self) -> Tensor:
+        """Whether a gradient was not finite: a 0-d bool on the device."""
+        return (self.report[Report.SKIPPED_FIRST :] != 0).any()
 
     @property
     def skipped(self) -> bool:

@@ -30,6 +30,19 @@ class Now(NamedTuple):
     norm_sq: Callable[[], Tensor]
 
 
+class Outcome(NamedTuple):
+    """What a schedule may learn from a step that is done.
+
+    ``skipped()``: a 0-d bool on the device; then nothing may be learned. ``change()``: of a look, the squares of the norms of
+    ``g_s - g`` and of ``g``, 0-d float64 without a loss scale, over the tensors that it sampled among the last ``stat_tensors``
+    of the schedule. Only for one that has ``wants_change``.
+    """
+
+    looked: bool
+    skipped: Callable[[], Tensor]
+    change: Callable[[], tuple[Tensor, Tensor]]
+
+
 class Schedule:
     """Decides at the start of a step, from what it needs to know, whether the second pass is taken.
 
@@ -38,6 +51,8 @@ class Schedule:
     """
 
     reads_gradients = False
+    wants_change = False
+    stat_tensors: int | None = None  # None: all
 
     def look(self, t: int) -> bool:
         """Whether step ``t`` (counted from 0) looks."""
@@ -47,8 +62,8 @@ class Schedule:
         """What becomes of this step."""
         return Decision.LOOK if self.look(now.t) else Decision.REUSE
 
-    def settle(self, skipped: Callable[[], Tensor]) -> None:
-        """The step is done. ``skipped()``: a 0-d bool on the device, then nothing may be learned from it."""
+    def settle(self, outcome: Outcome) -> None:
+        """The step is done."""
 
     def undo(self) -> None:
         """The step failed: as if ``decide`` had not been called."""
@@ -241,9 +256,9 @@ class GradientNorm(Schedule):
             return Decision.LOOK
         return Decision.REUSE if self.rule == "R3" else Decision.PLAIN
 
-    def settle(self, skipped: Callable[[], Tensor]) -> None:
+    def settle(self, outcome: Outcome) -> None:
         if self._new_stats is not None and self._stats is not None:
-            keep = skipped() | ~self._new_stats.isfinite().all()
+            keep = outcome.skipped() | ~self._new_stats.isfinite().all()
             self._stats = torch.where(keep, self._stats.to(keep.device), self._new_stats)
             self._age = self._new_age
         self.undo()

@@ -1,0 +1,141 @@
+"""Which choices go together, and with which way of calling a step: errors that say what does not, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+from ..options import ClimbGroup
+from .base import fused_rule
+from .checks import warn_caller
+
+if TYPE_CHECKING:
+    from .loop import StepLoop
+
+
+def check_choices(opt: StepLoop) -> None:
+    """Raises ``ValueError`` for choices that exclude each other."""
+    if opt.perturbation.before_pass:
+        _check_before_pass(opt)
+    if opt.learned is not None and opt.share_rng:
+        raise ValueError("radius=LearnedRadius does not go with share_rng=True: its passes have batches of their own")
+    if opt.capturable:
+        _check_capturable(opt)
+
+
+def _check_before_pass(opt: StepLoop) -> None:
+    name = type(opt.perturbation).__name__
+    if opt.reuse is not None:
+        raise ValueError(f"reuse needs two gradients of a step, and with {name} there is one")
+    if opt.learned is not None:
+        raise ValueError(f"radius=LearnedRadius needs two gradients of a step, and with {name} there is one")
+    if opt.schedule.reads_gradients:
+        raise ValueError(f"{type(opt.schedule).__name__} decides by a gradient, and {name} climbs before there is one")
+    if opt.mask is not None and judges_gradients(opt):
+        raise ValueError(f"{type(opt.mask).__name__} chooses by a gradient, and {name} climbs before there is one")
+    rule, why = fused_rule(opt.base)
+    if rule is None:
+        raise ValueError(f"{name} climbs along the momentum of a fused SGD, Adam or AdamW: {why}")
+    check_momentum(opt.base, [opt.perturbation.climb(opt.options(group)) for group in opt.param_groups])
+
+
+def check_momentum(base: Optimizer, climbs: Sequence[ClimbGroup]) -> None:
+    """Raises ``ValueError`` if a group is perturbed along a momentum that it does not have."""
+    for i, (group, climb) in enumerate(zip(base.param_groups, climbs, strict=True)):
+        if climb.perturbs and group.get("momentum", 1) == 0:
+            raise ValueError(
+                f"group {i} has momentum = 0, and there is nothing to climb along: set it, or rho = 0 for this group"
+            )
+
+
+def _check_capturable(opt: StepLoop) -> None:
+    rule, why = fused_rule(opt.base)
+    if rule is None:
+        raise ValueError(f"capturable=True needs a fused update: {why}, and whether to step is then asked on the host")
+    if opt.mask is not None and opt.mask.accumulates(0) is not None:
+        raise ValueError("capturable=True does not go with fisher='batch': a graph cannot add to it on some steps only")
+    if opt.schedule.reads_gradients:
+        name = type(opt.schedule).__name__
+        raise ValueError(f"capturable=True does not go with {name}, which asks the device whether to look")
+    if opt.reuse is not None and opt.reuse.follows_steps:
+        name = type(opt.reuse).__name__
+        raise ValueError(f"capturable=True does not go with {name}, whose weights change from step to step")
+    if opt.learned is not None:
+        raise ValueError(
+            "capturable=True does not go with a LearnedRadius: a graph cannot add passes on some steps only"
+        )
+    if opt.share_rng:
+        raise ValueError("capturable=True does not go with share_rng=True: a graph cannot wind back random numbers")
+
+
+def judges_gradients(opt: StepLoop) -> bool:
+    """Whether the mask is chosen by gradients of steps."""
+    return opt.mask is not None and (opt.mask.wants_gradients or opt.mask.accumulates(0) is not None)
+
+
+def check_closures(opt: StepLoop, closure: Any, val_closure: Any) -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless ``opt.step`` can be called so."""
+    if closure is None and not opt.perturbation.before_pass:
+        raise TypeError("step() needs a closure (zero_grad, loss, backward); or use first_step() and second_step()")
+    if val_closure is not None and opt.learned is None:
+        raise ValueError("val_closure is for a learned radius, which this optimizer has not: leave it out")
+    if opt.learned is not None and val_closure is None:
+        raise ValueError("a LearnedRadius needs val_closure: opt.step(closure, val_closure=...) on a validation batch")
+    if closure is None or callable(closure):
+        return
+    if not isinstance(closure, Sequence) or not closure or not all(map(callable, closure)):
+        raise TypeError(f"closure must be a function or a list of functions, got {closure!r}")
+    if len(closure) > 1:
+        _check_parts(opt)
+
+
+def _check_parts(opt: StepLoop) -> None:
+    reasons = {
+        "a perturbation before the only pass": opt.perturbation.before_pass,
+        "a reuse, which keeps gradients": opt.reuse is not None and opt.reuse.keeps,
+        "a schedule that judges gradients": opt.schedule.reads_gradients,
+        "a mask that is chosen by gradients": judges_gradients(opt),
+        "a LearnedRadius": opt.learned is not None,
+        "capturable=True": opt.capturable,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"several closures, each with its own gradient, do not go with {reason}; pass one closure")
+
+
+def check_halves(opt: StepLoop) -> None:
+    """Raises ``RuntimeError`` if a step cannot be taken in two halves, after a first pass."""
+    if opt.share_rng:
+        raise RuntimeError("share_rng=True needs step(closure): first_step() comes after the first pass has drawn")
+    if opt.perturbation.before_pass:
+        name = type(opt.perturbation).__name__
+        raise RuntimeError(f"{name} climbs before the only pass: use step(closure), or perturbed() and step()")
+    if opt.learned is not None:
+        raise RuntimeError("a LearnedRadius takes passes of its own: use step(closure, val_closure=...)")
+
+
+def check_perturbed(opt: StepLoop) -> None:
+    """Raises ``RuntimeError`` if the perturbation comes after a first pass."""
+    if not opt.perturbation.before_pass:
+        name = type(opt.perturbation).__name__
+        raise RuntimeError(f"{name} climbs along a gradient, after a first pass: use first_step() and second_step()")
+
+
+def check_loss(loss: Any) -> None:
+    """Raises ``TypeError`` if a closure has not returned its loss, which a learned radius compares."""
+    if loss is None:
+        raise TypeError("a LearnedRadius compares losses: the closures must return theirs")
+
+
+def warn_of_half_precision(opt: StepLoop) -> None:
+    """Warns if perturbations may vanish below the last place of the weights."""
+    if opt.perturbation.survives_half_precision:
+        return
+    perturbed = [group for group in opt.param_groups if opt.perturbation.climb(opt.options(group)).perturbs]
+    if any(p.element_size() == 2 for group in perturbed for p in group["params"]):
+        warn_caller(
+            "half-precision weights lose perturbations below half a unit in their last place; keep the weights in "
+            "float32 and use autocast, or watch opt.last_step.realised"
+        )

@@ -1,0 +1,407 @@
+"""The order of a step: passes, climbs and updates, for every method; and what is put back when something fails in between.
+
+::
+
+    closure() -> g    look? -> w + eps -> closure() -> g_s    restore, mix, base update
+
+The choices say where it climbs, which entries, when it looks and what it keeps; the passes over the weights are two calls of
+a plan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batchnorm import frozen_running_stats
+from ..options import Base, ClimbGroup, MixOptions, Report, Scaling
+from . import fit
+from .around import OptimizerAround
+from .base import fused_rule
+from .change import Change
+from .checks import one_number_on
+from .fixed_gradients import FixedGradients
+from .gradients import GradientMean, norm_sq
+from .keeper import PlanKeeper, parameters_of
+from .mask import Mask
+from .masking import Masking
+from .perturbation import Perturbation
+from .radius import LearnedRadius
+from .record import StepRecord
+from .reuse import Looking, Reuse
+from .rng import SharedRng
+from .schedule import Decision, Now, Outcome, Schedule
+
+Closure = Callable[[], Any]
+
+
+class StepLoop(OptimizerAround):
+    """The ways to take a step, from the choices that ``SharpnessAware`` has made."""
+
+    # Not pickled or copied: what belongs to the process, or to a step under way.
+    _TRANSIENT = frozenset({"_pending", "_passed", "_until_done", "_fixed", "last_step", "grad_scale", "found_inf"})
+
+    # A loss scale and an overflow flag, as torch.amp.GradScaler gives them to optimizers that undo the scale themselves:
+    # float32 tensors of one entry on the parameters' device. Read in both halves of a step.
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    # In optimizers that an earlier version has pickled.
+    capturable = False
+    mask: Mask | None = None
+    _masking: Masking | None = None
+    learned: LearnedRadius | None = None
+
+    perturbation: Perturbation
+    schedule: Schedule
+    reuse: Reuse | None
+    model: nn.Module | None
+    max_grad_norm: float | None
+    share_rng: bool
+    nonfinite: str
+    evaluations: int
+    last_step: StepRecord | None
+    _t: int
+    _keeper: PlanKeeper
+    _change: Change
+    _pending: StepRecord | None  # a step under way
+    _passed: StepRecord | None  # what perturbed() leaves for step()
+
+    @torch.no_grad()
+    def step(self, closure: Closure | Sequence[Closure] | None = None, *, val_closure: Closure | None = None) -> Any:
+        """One step: evaluates ``closure`` once, or twice if the schedule looks, and returns what it returned first.
+
+        ``closure`` zeroes the gradients, computes the loss, calls ``backward`` and returns the loss. If it raises in the
+        second pass (an interrupt too), weights, gradients, state and counters are as they were before the step.
+
+        A list of closures is m-SAM: each is a part of the batch and has a perturbation of its own, and the base receives the
+        mean of their gradients. Returns the mean of their first losses, None if one returns nothing; all together count as
+        one in ``evaluations``. Not for choices that keep or judge gradients.
+
+        ``val_closure``: the same on a validation batch, for a ``LearnedRadius``, which calls both once more every ``period``
+        steps. If one of them raises then, the step has been taken, and the radius stays.
+
+        None: after ``perturbed()``.
+
+        Raises:
+            TypeError: no closure, one that returns no loss where that is needed, or a gradient that is sparse or complex;
+                weights and state are as they were.
+            ValueError: no ``val_closure``, or several closures, where the choices need or exclude them.
+        """
+        fit.check_closures(self, closure, val_closure)
+        self.require_idle("step()")
+        if closure is None:
+            return self._step_after_pass()
+        if not callable(closure):
+            closures = list(closure)
+            return self._step_of_parts(closures) if len(closures) > 1 else self.step(closures[0])
+        if self.perturbation.before_pass:
+            return self._step_before_pass(closure)
+        loss = self._step_of_one(closure)
+        if self.learned is not None and self.learned.is_ready and val_closure is not None:
+            self._learn(self.learned, closure, val_closure)
+        return loss
+
+    def _step_of_one(self, closure: Closure) -> Any:
+        rng = SharedRng(parameters_of(self.base)) if self.share_rng else None
+        loss = _evaluate(closure)
+        if self.learned is not None:
+            fit.check_loss(loss)
+        try:
+            if self._first_half(keep=True):
+                if rng is not None:
+                    rng.rewind()
+                _evaluate(closure)
+            self.second_step()
+        except BaseException:
+            self.restore()
+            raise
+        return loss
+
+    def _step_of_parts(self, closures: Sequence[Closure]) -> Any:
+        """m-SAM: every part climbs by its own gradient."""
+        params = parameters_of(self.base)
+        mean, losses, reports = GradientMean(params, len(closures)), [], []
+        decided: StepRecord | None = None
+        try:
+            for closure in closures:
+                rng = SharedRng(params) if self.share_rng else None
+                losses.append(_evaluate(closure))
+                decided = self._begin() if decided is None else decided
+                record = replace(decided, report=torch.empty_like(decided.report))
+                if record.looked:
+                    self._climb(True, record)
+                    reports.append(record.report)
+                    if rng is not None:
+                        rng.rewind()
+                    _evaluate(closure)
+                mean.add()
+                self._keeper.restore()
+                self._finish()
+            mean.put()
+            if decided is not None:
+                # A part that is not finite leaves a share of a flag, and its gradient is in the mean.
+                self._pending = replace(decided, report=torch.stack(reports).mean(0)) if reports else decided
+            self.second_step()
+        except BaseException:
+            self.restore()
+            raise
+        return None if any(loss is None for loss in losses) else sum(losses) / len(losses)
+
+    def _step_before_pass(self, closure: Closure) -> Any:
+        try:
+            self._climb_before_pass()
+            loss = _evaluate(closure)
+            self.second_step()
+        except BaseException:
+            self.restore()
+            raise
+        return loss
+
+    def _step_after_pass(self) -> None:
+        if self._passed is None:
+            raise RuntimeError("step() without a closure comes after a pass within perturbed(), and there was none")
+        self._pending, self._passed = self._passed, None
+        self.second_step()
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> bool:
+        """First half of a step, after the first backward. Returns whether a second backward is wanted.
+
+        If so, weights are perturbed until ``second_step()`` or ``restore()``, and the gradients have been taken from the
+        parameters, so that the second backward does not add to them. ``zero_grad=True`` frees them (unless the method
+        needs them), which saves their memory; ``restore()`` then cannot put them back. If not, nothing has changed: go
+        on to ``second_step()`` without another backward.
+        """
+        fit.check_halves(self)
+        self.require_idle("first_step()")
+        try:
+            return self._first_half(keep=not zero_grad)
+        except BaseException:
+            self.restore()
+            raise
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Second half of a step: restores the weights and updates them. Then zeroes the gradients, if asked to."""
+        if self._pending is None:
+            raise RuntimeError("second_step() without first_step(): call first_step() after the first backward")
+        record = self._pending
+        try:
+            record = replace(record, had_gradients=record.had_gradients or self._has_gradients())
+            self._update(record)
+        except BaseException:
+            self.restore()
+            raise
+        self._settle(record)
+        if zero_grad:
+            self.zero_grad()
+
+    @contextlib.contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """Around the only pass of a step: weights are perturbed within, and as they were after it. Then ``step()`` updates.
+
+        For gradient accumulation there may be several such blocks before a ``step()``.
+
+        Raises:
+            RuntimeError: the perturbation comes after a first pass (``first_step()``), or a step is under way.
+        """
+        fit.check_perturbed(self)
+        self.require_idle("perturbed()")
+        with torch.no_grad():
+            self._climb_before_pass()
+        record = self._pending
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self.restore()
+        self._passed = record
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Undoes ``first_step()``: weights bitwise, gradients if they were kept. Nothing to undo: does nothing."""
+        self._keeper.restore()
+        self.schedule.undo()
+        if self._masking is not None:
+            self._masking.undo()
+        if self.learned is not None:
+            self.learned.forget()
+        self._finish()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Our options of each group, by their plain names, with its parameters."""
+        return [{**self.options(group), "params": group["params"]} for group in self.param_groups]
+
+    def _first_half(self, keep: bool) -> bool:
+        self._pending = record = self._begin()
+        if record.looked:
+            self._climb(keep, record)
+        return record.looked
+
+    def _begin(self) -> StepRecord:
+        """Decides what becomes of this step, whose first gradients are in place unless it climbs before its only pass."""
+        self._keeper.plan()
+        decision = self.schedule.decide(Now(self._t, self._norm_sq))
+        if decision == Decision.LOOK and self.reuse is not None and not self.reuse.samples(self._looking()):
+            decision = Decision.REUSE
+        looks, before_pass = decision == Decision.LOOK, self.perturbation.before_pass
+        report = torch.empty(len(Report), dtype=torch.float64, device=self._keeper.kept.skips.device)
+        evaluations = 2 if looks and not before_pass else 1
+        record = StepRecord(decision, evaluations, self._has_gradients(), report, looks and before_pass)
+        if self._masking is not None:
+            overwrites = not looks and fused_rule(self.base)[0] is None
+            self._masking.before_climb(self._t, self._groups(), overwrites, self._scaling, self.model)
+        return record
+
+    def _climb(self, keep: bool, record: StepRecord) -> None:
+        """Perturbs the weights between two passes."""
+        params, climbs, renormalise = parameters_of(self.base), *self._climbs()
+        if self.capturable:
+            self._fixed.set_aside(params)
+        if self.learned is not None and self.learned.is_due(self._t):
+            self.learned.before_climb(params)
+        if self.schedule.wants_change:
+            self._change.before_climb(params)
+        if self.reuse is not None:
+            self.reuse.restrict(self._looking(), self._until_done)
+        keep = keep or self.reuse is not None
+        self._keeper.plan().perturb(climbs, keep, record.report, self._scaling, renormalise)
+        if self.capturable:
+            self._fixed.lend()
+        if self.model is not None:
+            self._until_done.enter_context(frozen_running_stats(self.model))
+
+    def _climb_before_pass(self) -> None:
+        self._pending = record = self._begin()
+        if record.looked:
+            climbs, renormalise = self._climbs()
+            fit.check_momentum(self.base, climbs)
+            self._keeper.prepare(self._keeper.plan(), with_cache=False)
+            self._keeper.plan().perturb_along_momentum(climbs, record.report, renormalise)
+
+    def _climbs(self) -> tuple[list[ClimbGroup], bool]:
+        """How each group climbs, and whether masked norms are renormalised."""
+        climbs = [self.perturbation.climb(self.options(group)) for group in self.param_groups]
+        return climbs, self.mask is not None and self.mask.renormalise
+
+    def _looking(self) -> Looking:
+        return Looking(self._t, parameters_of(self.base), self.model, self._scaling, self._keeper)
+
+    def _update(self, record: StepRecord) -> None:
+        mix, groups = MixOptions(), self._groups()
+        if self.reuse is not None and (record.looked or record.reuses):
+            mix = self.reuse.mix(self._t, record.looked, groups)
+        plan = self._keeper.plan(in_step=True)
+        rule = self._keeper.prepare(plan, with_cache=mix.mix.fills_cache)
+        if record.looked:
+            self._with_both_gradients(groups, overwrites=rule is None)
+        options = [rule.group(group) for group in self.param_groups] if rule else ()
+        check, clip = self.nonfinite == "skip", self.max_grad_norm or 0.0
+        base = rule.base if rule else Base.NONE
+        plan.update(base, options, mix, record.looked, check, clip, record.report, self._scaling)
+        # A foreign step cannot be told by a flag on the device to do nothing: the one host read of a step.
+        judged = check or self.found_inf is not None
+        if rule is None and record.had_gradients and not (judged and record.skipped):
+            self.base.step()
+
+    def _with_both_gradients(self, groups: Sequence[Mapping[str, Any]], overwrites: bool) -> None:
+        """Of a look, before its update, which may write to gradients if it ``overwrites``."""
+        if self.learned is not None and self.learned.is_due(self._t):
+            self.learned.before_update(parameters_of(self.base), overwrites)
+        if self.schedule.wants_change:
+            self._change.before_update(self.reuse, self.schedule.stat_tensors, self._scaling)
+        if self.reuse is not None:
+            self.reuse.fill_in(self._looking(), groups, self._until_done)
+
+    def _settle(self, record: StepRecord) -> None:
+        """The step has been taken."""
+        t, self._t = self._t, self._t + 1
+        self.evaluations += record.evaluations
+        self.last_step = record
+        if self.reuse is not None:
+            self.reuse.settle(t, record.looked)
+        if self.learned is not None:
+            self.learned.settle(t, record.looked)
+        change = lambda: self._change.squares(record.report)  # noqa: E731
+        self.schedule.settle(Outcome(record.looked, lambda: record.was_skipped, change))
+        if self._masking is not None:
+            self._masking.settle(t, record, self._scaling)
+        self._finish()
+        # Learning-rate schedulers look here to see whether their optimizer has stepped; either of the two may have one.
+        self._opt_called = self.base._opt_called = True  # type: ignore[attr-defined]
+
+    def _learn(self, learned: LearnedRadius, closure: Closure, val_closure: Closure) -> None:
+        """Takes the gradients of both closures at the new weights, and gives them to the radius."""
+        params = parameters_of(self.base)
+        before = [p.grad for p in params]
+        record = self.last_step
+        if record is None:
+            return
+
+        def evaluate(closure: Closure) -> tuple[Any, list[Tensor | None]]:
+            for p in params:
+                p.grad = None
+            loss = _evaluate(closure)
+            fit.check_loss(loss)
+            return loss, [p.grad for p in params]
+
+        try:
+            with frozen_running_stats(self.model) if self.model is not None else contextlib.nullcontext():
+                train, val = evaluate(closure), evaluate(val_closure)
+            lrs = [group["lr"] for group in self.param_groups for _ in group["params"]]
+            learned.learn(train, val, lrs, record.was_skipped, self._scaling, self._keeper.resolved())
+        finally:
+            for p, grad in zip(params, before, strict=True):
+                p.grad = grad
+            learned.forget()
+        self.evaluations += 2
+        self.last_step = replace(record, evaluations=record.evaluations + 2)
+
+    def _norm_sq(self) -> Tensor:
+        device, backend = self._keeper.kept.skips.device, self._keeper.resolved()
+        return norm_sq([p.grad for p in parameters_of(self.base)], self._scaling, backend, device)
+
+    @property
+    def _scaling(self) -> Scaling:
+        for name in Scaling._fields:
+            one_number_on(name, getattr(self, name), self._keeper.kept.skips.device)
+        return Scaling(self.grad_scale, self.found_inf)
+
+    def _finish(self) -> None:
+        self._pending = None
+        self._fixed.give_back()
+        self._until_done.close()
+
+    def _has_gradients(self) -> bool:
+        return any(p.grad is not None for group in self.param_groups for p in group["params"])
+
+    def require_idle(self, what: str) -> None:
+        """Raises ``RuntimeError`` between ``first_step`` and ``second_step``."""
+        if self._pending is not None:
+            raise RuntimeError(
+                f"{what} between first_step() and second_step(): finish the step or undo it by restore()"
+            )
+
+    # ---- copies
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._pending = self._passed = self.last_step = None
+        self._until_done = contextlib.ExitStack()
+        self._fixed = FixedGradients()
+        super().__setstate__(state)
+
+    @classmethod
+    def is_persistent(cls, name: str) -> bool:
+        """Whether pickle and deepcopy take this attribute along."""
+        return name not in cls._TRANSIENT and super().is_persistent(name)
+
+
+def _evaluate(closure: Closure) -> Any:
+    with torch.enable_grad():
+        return closure()
