@@ -98,7 +98,7 @@ def test_small_case_of_list_ops(dtype, backend):
             ops.perturb(w, g, saved, 0.05, mode=mode, eta=0.01, backend=name)
             ops.restore(w, saved, backend=name)
         sums.append(ops.decompose(c, g, g_s, backend=name))
-        sums.append(ops.difference_dot(g, g_s, w, c, backend=name))
+        sums.append(ops.difference_dot(g, w, g_s, w, backend=name))
         ops.combine(u, g, c, one, 0.5 * one, backend=name)
         ops.update_sgd(w, u, m, lr=0.1, momentum=0.9, backend=name)
         ops.update_adamw(w, u, m, v, step, lr=0.1, backend=name)
