@@ -41,8 +41,10 @@ def _passes(opt: SharpnessAware, keeper: PlanKeeper) -> list[str]:
         f"{why}, in the pass that restores the weights" if rule else f"{name}.step() after restoring, because {why}"
     )
     kinds = {"perturbation": opt.perturbation, "mask": opt.mask, "schedule": opt.schedule, "reuse": opt.reuse}
-    if opt.mask is None:
-        del kinds["mask"]
+    kinds["radius"] = opt.learned
+    for kind in ("mask", "radius"):  # most have none
+        if kinds[kind] is None:
+            del kinds[kind]
     choices = ", ".join(f"{kind} {type(choice).__name__ if choice else 'nothing'}" for kind, choice in kinds.items())
     return [f"{type(opt).__name__}: {choices}", f"backend: {backend}", f"update: {update}"]
 
@@ -52,6 +54,10 @@ def _group(opt: SharpnessAware, index: int, group: dict[str, Any]) -> str:
     climb = opt.perturbation.climb(opt.options(group))
     rho = "a tensor" if climb.rho_on_device is not None else f"{climb.rho:g}"
     how = f"rho = {rho}, {_FORMULAS[climb.climb]}" if climb.perturbs else "not perturbed (rho = 0)"
+    if opt.perturbation.before_pass and climb.perturbs:
+        how += ", g the negative momentum"
+    if opt.learned is not None and climb.perturbs:
+        how += ", learned"
     if opt.mask is not None and climb.perturbs:
         masked = opt.options(group)["masked"]
         how += ", on the entries that the mask chooses" if masked else ", on all entries (masked=False)"
