@@ -296,7 +296,8 @@ class Plan {
     Operand* const grads = looked ? plan.grad : plan.first;
     bind_gradients(grads, options.hands_over);
     if (options.base == Base::kNone) std::copy_n(grads, params_.size(), plan.out);
-    if (fills_cache(options.mix.mix) || options.mix.mix == Mix::kBlend) bind_first();
+    const bool reads_first = fills_cache(options.mix.mix) || options.mix.mix == Mix::kBlend;
+    if (reads_first) bind_first();
     if (fills_cache(options.mix.mix) || adds_cache(options.mix.mix)) bind_row(plan.cache, cache_);
     if (options.base != Base::kNone) bind_row(plan.state1, state1_);
     if (adam) bind_row(plan.state2, state2_);
@@ -305,6 +306,11 @@ class Plan {
       py::gil_scoped_release unlocked;
       PlanView view = device_ ? device_->upload(plan) : plan;
       if (!looked) view.grad = view.first;
+      if (looked && !reads_first && momentum_sq_.defined()) {
+        PlanView read = plan;
+        read.first = plan.grad;  // moments are left there, of another dtype than half types, but nothing reads them
+        view.common_dtype = common_dtype(read);
+      }
       if (device_) {
         device_functions()->update(view, options, index());
       } else {

@@ -14,15 +14,16 @@ struct UpdateArgs {
   double max_grad_norm;
   double* report;  // null: skip, clip and coefficients are the caller's
   int64_t* skips;
-  double* momentum_sq;
+  double* momentum_sq;  // null: not wanted
   Applied applied;
   bool looked, check, restores, hands_over, reduces;
   int32_t phases;
   bool together;  // in one launch
 };
 
-// Whether u = A grad + B added; what is added, none: nothing.
+// Whether u = A grad + B added.
 SAMKERN_DEVICE bool adds(Mix mix) { return adds_cache(mix) || mix == Mix::kBlend; }
+
 SAMKERN_DEVICE const Operand* added_list(const UpdateArgs& args) {
   return args.mix.mix == Mix::kBlend ? args.plan.first : args.plan.cache;
 }
@@ -197,7 +198,7 @@ struct ChunkUpdate {
   const BaseGroup& group;
   const int32_t t;
   const bool saved;
-  // `cache` is written: u - k other. Without it, `other` is what is added to grad.
+  // `cache` is written, and `other` is the gradient at w; or `other` is what is added to grad.
   const Operand w, source, grad, cache, other, state1, state2, out;
   const T factor, coeff_a, coeff_b;
   math::Sgd<T> sgd;
