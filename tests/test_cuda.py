@@ -172,6 +172,7 @@ def mix_once(base, dtypes, offset):
     reports = [report.nan_to_num(-1) for report in run.reports]
     results = [*climbed, *(p.detach() for p in run.params), *run.tensors(), run.kept.cache_norm, *reports]
     assert all(x.isfinite().all() for x in results)
+    assert run.kept.cache_norm[-1] > 0
     return results
 
 
@@ -411,8 +412,10 @@ def test_a_large_tensor_is_folded_by_a_whole_block(emulated):
     assert close(run(), on_reference(run), FP32)
 
 
-def test_sums_of_a_large_tensor_are_folded_by_a_whole_block(emulated):
+@pytest.mark.parametrize("seed", range(3))
+def test_sums_of_a_large_tensor_are_folded_by_a_whole_block(seed, emulated):
     """Those that an update leaves: of the difference, and of the momentum, whose norm the second climb divides by."""
+    emulated(seed=seed)
 
     def run(backend):
         run = Run(backend, "SGD", [FP32], 33 * CHUNK + 3)
