@@ -136,6 +136,7 @@ class Plan {
         step_(params_.size()),
         cache_(params_.size()),
         mask_(params_.size()),
+        moves_(params_.size(), false),
         slots_(params_.size(), nullptr),
         cache_norm_(std::move(cache_norm)),
         fresh_(std::move(fresh)),
@@ -225,10 +226,12 @@ class Plan {
   void perturb_along_momentum(const std::vector<ClimbTuple>& climbs, const Tensor& report, bool renormalise) {
     if (!momentum_sq_.defined()) momentum_sq_ = at::zeros({n_tensors()}, cache_norm_.options());
     bind_weights();
-    for_tensors(params_.size(), [&](size_t t) {
+    for (size_t t = 0; t < params_.size(); ++t) {
       const bool moves = state1_[t].defined() && params_[t].requires_grad();
       tables_.view.first[t] = moves ? operand(state1_[t]) : Operand{};
-    });
+      if (moves != moves_[t]) momentum_sq_known_ = false;  // it was frozen or is no longer
+      moves_[t] = moves;
+    }
     const bool plain = std::all_of(climbs.begin(), climbs.end(), [](const ClimbTuple& climb) {
       const auto how = static_cast<Climb>(std::get<0>(climb));
       return how == Climb::kEuclidean || how == Climb::kSign;
@@ -296,7 +299,8 @@ class Plan {
     Operand* const grads = looked ? plan.grad : plan.first;
     bind_gradients(grads, options.hands_over);
     if (options.base == Base::kNone) std::copy_n(grads, params_.size(), plan.out);
-    if (fills_cache(options.mix.mix) || options.mix.mix == Mix::kBlend) bind_first();
+    const bool reads_first = fills_cache(options.mix.mix) || options.mix.mix == Mix::kBlend;
+    if (reads_first) bind_first();
     if (fills_cache(options.mix.mix) || adds_cache(options.mix.mix)) bind_row(plan.cache, cache_);
     if (options.base != Base::kNone) bind_row(plan.state1, state1_);
     if (adam) bind_row(plan.state2, state2_);
@@ -305,6 +309,11 @@ class Plan {
       py::gil_scoped_release unlocked;
       PlanView view = device_ ? device_->upload(plan) : plan;
       if (!looked) view.grad = view.first;
+      if (looked && !reads_first && momentum_sq_.defined()) {
+        PlanView read = plan;
+        read.first = plan.grad;  // moments are left there, of another dtype than half types, but nothing reads them
+        view.common_dtype = common_dtype(read);
+      }
       if (device_) {
         device_functions()->update(view, options, index());
       } else {
@@ -505,6 +514,7 @@ class Plan {
   std::optional<DeviceTables> device_;
   Layouts layouts_;
   std::vector<Tensor> first_, state1_, state2_, step_, cache_, mask_;
+  std::vector<bool> moves_;  // along its momentum
   std::vector<void*> slots_;
   std::vector<Tensor> arenas_, copies_;
   BoundState bound_;

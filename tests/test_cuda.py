@@ -22,12 +22,13 @@ import samkern
 from bench import kernels
 from samkern import ops, reference
 from samkern.backends import native
-from samkern.options import Base, BaseGroup, Climb, ClimbGroup, MixOptions
+from samkern.options import Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report
 from samkern.plan import Kept
 
 from . import barrier_stress, emulator
-from .lists import BF16, FP16, FP32, FP64, borders_intact, guarded_list, random_list, same_bits, scalar
+from .lists import BF16, DTYPES, FP16, FP32, FP64, borders_intact, guarded_list, random_list, same_bits, scalar
 from .methods import BASES, METHODS, MOMENTUM, SAM, base_named, method_named
+from .test_mixes import ADD, BLEND, DIFFERENCE, Run
 
 ROOT = Path(__file__).parent.parent
 CHUNK = 1 << 14  # of the GPU's kernels
@@ -153,6 +154,49 @@ def test_every_interleaving_and_grid_gives_the_same_bits(emulated):
     for seed, n_blocks, one_launch in [(1, 3, True), (2, 1, True), (3, 5, True), (4, 3, False), (5, 64, False)]:
         emulated(seed=seed, n_blocks=n_blocks, one_launch=one_launch)
         assert same_bits(run_once(), expected), (seed, n_blocks, one_launch)
+
+
+def mix_once(base, dtypes, offset):
+    """Every mix, and climbs along the momentum without and with its norm. Caches and the sums of the step before are NaN."""
+    with torch.no_grad():
+        run = Run("cuda", base, dtypes, CHUNK + 1, offset=offset)
+        weights = torch.linspace(0, 1.4, len(run.params), dtype=FP64)
+        for cache in run.caches:
+            cache.fill_(math.nan)
+        run.step(MixOptions(Mix.DECOMPOSE), looks=True, bad=True)
+        run.step(DIFFERENCE, looks=True, missing=({1, 6}, {4}), check=False)
+        run.step(ADD._replace(weights=weights), looks=False, scale=4.0, clip=0.5)
+        run.step(BLEND, looks=True, missing=({1}, {4}), scale=4.0, clip=0.5)
+        climbed = [x for _ in range(2) if base != "none" for x in run.step_along_momentum()]
+    assert run.borders_intact()
+    reports = [report.nan_to_num(-1) for report in run.reports]
+    results = [*climbed, *(p.detach() for p in run.params), *run.tensors(), run.kept.cache_norm, *reports]
+    assert all(x.isfinite().all() for x in results)
+    assert run.kept.cache_norm[-1] > 0
+    return results
+
+
+@pytest.mark.parametrize(
+    ("base", "dtypes", "offset"),
+    [("SGD", [BF16], 0), ("SGD", [FP32], 1), ("AdamW", DTYPES, 0), ("none", [FP32], 0)],
+    ids=["SGD-bfloat16", "SGD-misaligned", "AdamW-mixed", "none"],
+)
+def test_mixes_have_the_same_bits_on_every_grid(base, dtypes, offset, emulated):
+    expected = mix_once(base, dtypes, offset)
+    for seed, n_blocks, one_launch in [(1, 1, True), (2, 5, True), (3, 3, False)]:
+        emulated(seed=seed, n_blocks=n_blocks, one_launch=one_launch)
+        assert same_bits(mix_once(base, dtypes, offset), expected), (seed, n_blocks, one_launch)
+
+
+def test_a_climb_along_a_momentum_whose_norm_is_known_waits_for_nobody(emulated):
+    """Every phase is a launch here, and that climb has one."""
+    emulated(one_launch=False)
+    run, take = Run("cuda", "SGD", [FP32], 70), emulator.load().take_launches
+    for of_climb in (3, 1):
+        take()
+        with torch.no_grad():
+            run.step_along_momentum()
+        assert take() == of_climb + 3
 
 
 @pytest.mark.parametrize("without", ["grid_sync", "block_sync", "shuffle"])
@@ -380,6 +424,25 @@ def test_difference_dot(emulated):
     torch.testing.assert_close(results[0], reference.difference_dot(*lists), rtol=1e-5, atol=1e-4)
     emulated(without="grid_sync")
     assert not same_bits(results[:1], [ops.difference_dot(*lists)])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sums_of_a_large_tensor_are_folded_by_a_whole_block(seed, emulated):
+    """Those that an update leaves: of the difference, and of the momentum, whose norm the second climb divides by."""
+    emulated(seed=seed)
+
+    def run(backend):
+        run = Run(backend, "SGD", [FP32], 33 * CHUNK + 3)
+        run.step(DIFFERENCE, looks=True)
+        run.step_along_momentum()
+        run.step_along_momentum()
+        return run
+
+    with torch.no_grad():
+        result, expected = run("cuda"), run("reference")
+    assert torch.allclose(result.kept.cache_norm, expected.kept.cache_norm, rtol=1e-6)
+    norm, expected_norm = (float(each.reports[-1][Report.PERTURB_NORM]) for each in (result, expected))
+    assert norm == pytest.approx(expected_norm, rel=1e-6)
 
 
 def test_a_deadlock_is_reported():

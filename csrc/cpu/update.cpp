@@ -326,9 +326,11 @@ double update_norm(const PlanView& plan, const UpdateOptions& options, const dou
 }
 
 // The sums of squares that the next climb along the momentum divides by.
-void fold_momentum(const PlanView& plan, double* momentum_sq) {
+void fold_momentum(const PlanView& plan, const UpdateOptions& options) {
+  double* momentum_sq = options.momentum_sq;
   for (int32_t t = 0; t < plan.n_tensors; ++t) {
     if (plan.grad[t].address == nullptr || plan.state1[t].address == nullptr) continue;
+    if (options.base == Base::kSgd && options.groups[plan.group[t]].momentum == 0) continue;
     momentum_sq[t] = 0;
     for (int32_t c = plan.first_chunk[t]; c < plan.first_chunk[t + 1]; ++c) {
       momentum_sq[t] += plan.partials[static_cast<int64_t>(c) * kNSums + kAA];
@@ -366,7 +368,7 @@ void update_apply(const PlanView& plan, const UpdateOptions& options, const Appl
   });
   mark_written(plan, options);
   if (fills) fold_cache(plan, options.mix.cache_norm);
-  if (options.momentum_sq != nullptr) fold_momentum(plan, options.momentum_sq);
+  if (options.momentum_sq != nullptr) fold_momentum(plan, options);
 }
 
 void update(const PlanView& plan, const UpdateOptions& options, const Pool& pool) {

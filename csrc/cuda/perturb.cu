@@ -12,6 +12,8 @@ struct PerturbArgs {
   Scaling scaling;
   double* report;    // null: the scales are the caller's, in plan.coeffs
   bool renormalise;  // by the norm of the masked gradient
+  bool along_momentum;
+  const double* momentum_sq;  // null: sums have been folded
   int32_t phases;
   bool together;  // in one launch
 };
@@ -42,6 +44,21 @@ SAMKERN_COLD void fold_phase(const PerturbArgs& args) {
   });
 }
 
+struct Norms {
+  double gg, ww, tt;
+};
+
+// Of one tensor, squared. Moments come with theirs, and then nothing was reduced.
+SAMKERN_DEVICE Norms norms_of(const PerturbArgs& args, int32_t t) {
+  const PlanView& plan = args.plan;
+  if (args.momentum_sq != nullptr) {
+    const double gg = plan.first[t].address != nullptr ? args.momentum_sq[t] : 0;
+    return {gg, 0, value(group_of(args.climbs, plan, t).rho) > 0 ? gg : 0};
+  }
+  return {device::read_shared(plan.sums_of(kAA) + t), device::read_shared(plan.sums_of(kWW) + t),
+          device::read_shared(plan.sums_of(kTT) + t)};
+}
+
 struct Decided {
   bool finite;
   double grad_norm, norm;
@@ -52,15 +69,14 @@ SAMKERN_COLD Decided decide(const PerturbArgs& args) {
   double x[3] = {};
   for (int32_t t = device::thread(); t < plan.n_tensors; t += device::kThreads) {
     const Dtype dtype = plan.w[t].dtype;
-    const double gg = device::read_shared(plan.sums_of(kAA) + t), ww = device::read_shared(plan.sums_of(kWW) + t);
-    const double tt = device::read_shared(plan.sums_of(kTT) + t);
+    const auto [gg, ww, tt] = norms_of(args, t);
     x[0] += gg;
     x[1] += tt;
     const bool finite = scalars::finite(gg, dtype) && scalars::finite(ww, dtype) && scalars::finite(tt, dtype);
     x[2] += finite ? 0 : 1;
   }
   block_sum(x);
-  return {x[2] == 0 && !found_inf(args.scaling), sqrt(x[0]), sqrt(x[1])};
+  return {x[2] == 0 && !found_inf(args.scaling), args.along_momentum ? 0 : sqrt(x[0]), sqrt(x[1])};
 }
 
 // Filter-wise: T_f^2 is applied in double and rounded once.
@@ -163,8 +179,10 @@ SAMKERN_DEVICE double scale_of(const PerturbArgs& args, const Decided& decided, 
   if (args.report == nullptr) return plan.coeffs_of(kScale)[t];
   if (!decided.finite) return NAN;
   // kTT is the sum of g^2 that the norm is made of, where the scale of a tensor depends on its gradient.
-  const double ww = device::read_shared(plan.sums_of(kWW) + t), tt = device::read_shared(plan.sums_of(kTT) + t);
-  return scalars::climb_scale(group_of(args.climbs, plan, t), ww, tt, decided.norm, unscale(args.scaling));
+  const Norms of = norms_of(args, t);
+  const ClimbGroup& group = group_of(args.climbs, plan, t);
+  const double scale = scalars::climb_scale(group, of.ww, of.tt, decided.norm, unscale(args.scaling));
+  return args.along_momentum ? -scale : scale;
 }
 
 template <Kind kind_w, Kind kind_g>
@@ -215,7 +233,15 @@ SAMKERN_KERNEL perturb_kernel(SAMKERN_ARGUMENT PerturbArgs args) {
 
 const char* start_perturb(const PlanView& plan, const PerturbOptions& options, int32_t phases,
                           const device::Stream& stream) {
-  PerturbArgs args{plan, {}, options.scaling, options.report, options.renormalise, phases, false};
+  PerturbArgs args{.plan = plan,
+                   .climbs = {},
+                   .scaling = options.scaling,
+                   .report = options.report,
+                   .renormalise = options.renormalise,
+                   .along_momentum = options.along_momentum,
+                   .momentum_sq = options.momentum_sq,
+                   .phases = phases,
+                   .together = false};
   set_groups(args.climbs, options.climbs, options.climb_table, options.n_groups);
   switch (kind_of(plan)) {
     case Kind::kFloat32: return start(perturb_kernel<Kind::kFloat32, Kind::kFloat32>, args, stream);
@@ -228,7 +254,7 @@ const char* start_perturb(const PlanView& plan, const PerturbOptions& options, i
 }  // namespace
 
 const char* perturb(const PlanView& plan, const PerturbOptions& options, const device::Stream& stream) {
-  return start_perturb(plan, options, kAllPhases, stream);
+  return start_perturb(plan, options, options.momentum_sq != nullptr ? kApplyPhase : kAllPhases, stream);
 }
 
 const char* perturb_apply(const PlanView& plan, const PerturbOptions& options, const device::Stream& stream) {

@@ -14,15 +14,23 @@ struct UpdateArgs {
   double max_grad_norm;
   double* report;  // null: skip, clip and coefficients are the caller's
   int64_t* skips;
+  double* momentum_sq;  // null: not wanted
   Applied applied;
   bool looked, check, restores, hands_over, reduces;
   int32_t phases;
   bool together;  // in one launch
 };
 
+// Whether u = A grad + B added.
+SAMKERN_DEVICE bool adds(Mix mix) { return adds_cache(mix) || mix == Mix::kBlend; }
+
+SAMKERN_DEVICE const Operand* added_list(const UpdateArgs& args) {
+  return args.mix.mix == Mix::kBlend ? args.plan.first : args.plan.cache;
+}
+
 SAMKERN_DEVICE const Operand* second_list(const UpdateArgs& args) {
   if (args.mix.mix == Mix::kDecompose) return args.plan.grad;
-  return args.mix.mix == Mix::kReuse && args.max_grad_norm > 0 ? args.plan.cache : nullptr;
+  return adds(args.mix.mix) && args.max_grad_norm > 0 ? added_list(args) : nullptr;
 }
 
 template <Kind kind_g>
@@ -57,7 +65,7 @@ SAMKERN_DEVICE void adam_coeffs(const UpdateArgs& args, int32_t t) {
 template <Base base>
 SAMKERN_COLD void fold_phase(const UpdateArgs& args) {
   const PlanView& plan = args.plan;
-  const double inverse = unscale(args.scaling), of_b = args.mix.mix == Mix::kReuse ? 1 : inverse;
+  const double inverse = unscale(args.scaling), of_b = adds_cache(args.mix.mix) ? 1 : inverse;
   auto add = [&](int32_t t, int lane, int n_lanes, double (&sums)[kCC]) {
     if (args.reduces) add_partials(plan, t, lane, n_lanes, sums);
   };
@@ -77,22 +85,36 @@ struct Decided {
 
 // Coefficients of the mix of tensor t, A a + B b or A g_s - B g. They undo a loss scale.
 SAMKERN_DEVICE double mix_a(const UpdateArgs& args, int32_t t) {
-  const bool told = args.report == nullptr && args.mix.mix == Mix::kReuse;
-  return told ? args.plan.coeffs_of(kMixA)[t] : unscale(args.scaling);
+  const Mix mix = args.mix.mix;
+  if (args.report == nullptr && adds(mix)) return args.plan.coeffs_of(kMixA)[t];
+  const double inverse = unscale(args.scaling);
+  return mix == Mix::kBlend ? group_of(args.groups, args.plan, t).alpha * inverse : inverse;
 }
 
 SAMKERN_DEVICE double mix_b(const UpdateArgs& args, const Decided& decided, int32_t t) {
-  if (args.mix.mix == Mix::kGradient) return 0;
   const PlanView& plan = args.plan;
-  const bool decomposes = args.mix.mix == Mix::kDecompose, global = args.mix.scope == Scope::kGlobal;
-  if (args.report == nullptr) return plan.coeffs_of(decomposes ? kProject : kMixB)[t];
+  const MixOptions& mix = args.mix;
+  if (mix.mix == Mix::kGradient) return 0;
+  if (args.report == nullptr) return plan.coeffs_of(fills_cache(mix.mix) ? kProject : kMixB)[t];
+  if (mix.mix == Mix::kDifference) return unscale(args.scaling);
+  const double alpha = group_of(args.groups, plan, t).alpha;
+  if (mix.mix == Mix::kAdd) return mix.weights != nullptr ? alpha * mix.weights[t] : alpha;
+  if (mix.mix == Mix::kBlend) return (1 - alpha) * unscale(args.scaling);
+  const bool global = mix.scope == Scope::kGlobal;
   const double aa = global ? decided.aa : device::read_shared(plan.sums_of(kAA) + t);
-  if (decomposes) {
-    const double ab = global ? decided.ab : device::read_shared(plan.sums_of(kAB) + t);
-    return scalars::over_squared(ab, aa) * unscale(args.scaling);
-  }
-  const double kept = args.mix.cache_norm[global ? plan.n_tensors : t];
-  return scalars::reuse_coeff(group_of(args.groups, plan, t).alpha, aa, kept);
+  if (mix.mix == Mix::kReuse) return scalars::reuse_coeff(alpha, aa, mix.cache_norm[global ? plan.n_tensors : t]);
+  const double ab = global ? decided.ab : device::read_shared(plan.sums_of(kAB) + t);
+  return scalars::over_squared(ab, aa) * unscale(args.scaling);
+}
+
+// Share of tensor t in norm(A grad + B added)^2, from the sums of unscaled gradients.
+SAMKERN_DEVICE double update_sq_of(const UpdateArgs& args, const Decided& decided, int32_t t) {
+  const PlanView& plan = args.plan;
+  const bool blends = args.mix.mix == Mix::kBlend;
+  const double alpha = group_of(args.groups, plan, t).alpha;
+  const double a = blends ? alpha : 1, b = blends ? 1 - alpha : mix_b(args, decided, t);
+  const double aa = device::read_shared(plan.sums_of(kAA) + t), ab = device::read_shared(plan.sums_of(kAB) + t);
+  return a * a * aa + b * (2 * a * ab + b * device::read_shared(plan.sums_of(kBB) + t));
 }
 
 // Whether the step is skipped. `bad`: for what this half-step has found; told once.
@@ -121,7 +143,7 @@ SAMKERN_DEVICE void clear_report(const UpdateArgs& args) {
 // Everything that depends on all gradients, by every block for itself.
 SAMKERN_COLD Decided decide(const UpdateArgs& args) {
   const PlanView& plan = args.plan;
-  const bool decomposes = args.mix.mix == Mix::kDecompose, reuses = args.mix.mix == Mix::kReuse;
+  const bool decomposes = args.mix.mix == Mix::kDecompose;
   double x[4] = {};  // aa, ab, grad^2, tensors that are not finite
   for (int32_t t = device::thread(); t < plan.n_tensors; t += device::kThreads) {
     const double aa = device::read_shared(plan.sums_of(kAA) + t), ab = device::read_shared(plan.sums_of(kAB) + t);
@@ -134,13 +156,10 @@ SAMKERN_COLD Decided decide(const UpdateArgs& args) {
   block_sum(x);
   Decided decided{judge(args, (args.check && x[3] != 0) || found_inf(args.scaling)), 1, x[0], x[1]};
   double update_sq[1] = {x[2]};
-  if (args.max_grad_norm > 0 && reuses) {
+  if (args.max_grad_norm > 0 && adds(args.mix.mix)) {
     update_sq[0] = 0;
     for (int32_t t = device::thread(); t < plan.n_tensors; t += device::kThreads) {
-      if (plan.grad[t].address == nullptr) continue;
-      const double b = mix_b(args, decided, t), bb = device::read_shared(plan.sums_of(kBB) + t);
-      const double aa = device::read_shared(plan.sums_of(kAA) + t), ab = device::read_shared(plan.sums_of(kAB) + t);
-      update_sq[0] += aa + b * (2 * ab + b * bb);
+      if (plan.grad[t].address != nullptr) update_sq[0] += update_sq_of(args, decided, t);
     }
     block_sum(update_sq);
   }
@@ -164,6 +183,13 @@ SAMKERN_DEVICE void restore_chunk(const PlanView& plan, const Chunk& chunk) {
                [&](auto width, int32_t i) { copy<kind, decltype(width)::value>(w, saved, chunk.at + i); });
 }
 
+// The first moments that the step writes; no address: none.
+template <Base base>
+SAMKERN_DEVICE Operand state1_of(const UpdateArgs& args, int32_t t) {
+  const bool has = base != Base::kNone && (base != Base::kSgd || group_of(args.groups, args.plan, t).momentum != 0);
+  return has ? args.plan.state1[t] : Operand{};
+}
+
 // The update of one chunk.
 template <Kind kind_w, Kind kind_g, Base base, typename T>
 struct ChunkUpdate {
@@ -172,11 +198,12 @@ struct ChunkUpdate {
   const BaseGroup& group;
   const int32_t t;
   const bool saved;
-  const Operand w, source, grad, first, cache, state1, state2, out;
+  // `cache` is written, and `other` is the gradient at w; or `other` is what is added to grad.
+  const Operand w, source, grad, cache, other, state1, state2, out;
   const T factor, coeff_a, coeff_b;
   math::Sgd<T> sgd;
   math::Adam<T> adam;
-  T cache_sq = 0;
+  T cache_sq = 0, momentum_sq = 0;
 
   // Five operands of any dtype: with the cache's in the same loop, or two doubles of each at a time, registers spill.
   static constexpr bool crowded = kind_w == Kind::kAny && (base == Base::kAdam || base == Base::kAdamW);
@@ -191,13 +218,13 @@ struct ChunkUpdate {
         w(plan.w[t]),
         source(saved ? plan.saved[t] : w),
         grad(plan.grad[t]),
-        first(a.mix.mix == Mix::kDecompose ? plan.first[t] : Operand{}),
-        cache(a.mix.mix != Mix::kGradient ? plan.cache[t] : Operand{}),
-        state1(base != Base::kNone && (base != Base::kSgd || group.momentum != 0) ? plan.state1[t] : Operand{}),
+        cache(fills_cache(a.mix.mix) ? plan.cache[t] : Operand{}),
+        other(other_of(a, tensor)),
+        state1(state1_of<base>(a, tensor)),
         state2(base == Base::kAdam || base == Base::kAdamW ? plan.state2[t] : Operand{}),
         out(base == Base::kNone && a.hands_over ? plan.out[t] : Operand{}),
-        // A cache's coefficients undo a loss scale.
-        factor(static_cast<T>(mixes_cache() ? decided.clip : decided.clip * unscale(a.scaling))),
+        // The coefficients of a mix undo a loss scale.
+        factor(static_cast<T>(mixes() ? decided.clip : decided.clip * unscale(a.scaling))),
         coeff_a(static_cast<T>(mix_a(a, tensor))),
         coeff_b(static_cast<T>(mix_b(a, decided, tensor))) {
     const double lr = value(group.lr);
@@ -225,10 +252,18 @@ struct ChunkUpdate {
     }
   }
 
-  SAMKERN_DEVICE bool mixes_cache() const { return args.mix.mix == Mix::kReuse && cache.address != nullptr; }
+  static SAMKERN_DEVICE Operand other_of(const UpdateArgs& args, int32_t t) {
+    if (adds(args.mix.mix)) return added_list(args)[t];
+    return fills_cache(args.mix.mix) ? args.plan.first[t] : Operand{};
+  }
+
+  SAMKERN_DEVICE bool fills() const { return cache.address != nullptr; }
+  SAMKERN_DEVICE bool mixes() const {
+    return args.mix.mix == Mix::kBlend || (adds_cache(args.mix.mix) && other.address != nullptr);
+  }
 
   SAMKERN_DEVICE bool packed() const {
-    return aligned(w) && aligned(source) && aligned(grad) && aligned(first) && aligned(cache) && aligned(state1) &&
+    return aligned(w) && aligned(source) && aligned(grad) && aligned(cache) && aligned(other) && aligned(state1) &&
            aligned(state2) && aligned(out);
   }
 
@@ -236,8 +271,8 @@ struct ChunkUpdate {
   SAMKERN_DEVICE void run(int64_t at) {
     T u[N];
     load<kind_g>(grad, at, u);
-    if (!crowded && args.mix.mix == Mix::kDecompose) decompose(at, u);
-    if (mixes_cache()) reuse(at, u);
+    if (!crowded && fills()) decompose(at, u);
+    if (mixes()) mix(at, u);
     if constexpr (base == Base::kNone) {
       if (saved) copy<kind_w, N>(w, source, at);
       if (out.address == nullptr) return;
@@ -255,11 +290,11 @@ struct ChunkUpdate {
     decompose(at, g_s);
   }
 
-  // cache = a grad - k first, and the sum of squares of what was stored.
+  // cache = a grad - k other, and the sum of squares of what was stored.
   template <int N>
   SAMKERN_DEVICE void decompose(int64_t at, const T (&g_s)[N]) {
     T c[N], g[N] = {};
-    if (first.address != nullptr) load<kind_g>(first, at, g);
+    if (other.address != nullptr) load<kind_g>(other, at, g);
     for (int k = 0; k < N; ++k) c[k] = math::project(g_s[k], g[k], coeff_a, coeff_b);
     store<Kind::kAny>(cache, at, c);
     round_to<Kind::kAny>(cache, c, g);
@@ -267,9 +302,9 @@ struct ChunkUpdate {
   }
 
   template <int N>
-  SAMKERN_DEVICE void reuse(int64_t at, T (&u)[N]) {
-    T c[N];
-    load<Kind::kAny>(cache, at, c);
+  SAMKERN_DEVICE void mix(int64_t at, T (&u)[N]) {
+    T c[N] = {};
+    if (other.address != nullptr) load<Kind::kAny>(other, at, c);
     for (int k = 0; k < N; ++k) u[k] = math::combine(u[k], c[k], coeff_a, coeff_b);
   }
 
@@ -283,16 +318,23 @@ struct ChunkUpdate {
       } else {
         load<kState>(state1, at, m);
         for (int k = 0; k < N; ++k) x[k] = math::sgd_momentum(x[k], u[k], m[k], sgd);
-        store<kState>(state1, at, m);
+        keep_momentum(at, m);
       }
     } else {
       load<kState>(state1, at, m);
       load<kState>(state2, at, v);
       for (int k = 0; k < N; ++k) x[k] = math::adam(x[k], u[k], m[k], v[k], adam);
-      store<kState>(state1, at, m);
+      keep_momentum(at, m);
       store<kState>(state2, at, v);
     }
     store<kind_w>(w, at, x);
+  }
+
+  template <int N>
+  SAMKERN_DEVICE void keep_momentum(int64_t at, const T (&m)[N]) {
+    store<kState>(state1, at, m);
+    if (args.momentum_sq == nullptr) return;
+    for (int k = 0; k < N; ++k) momentum_sq += m[k] * m[k];
   }
 
   // State is in the math type: fp64 for fp64 weights, fp32 for all others.
@@ -309,13 +351,20 @@ SAMKERN_DEVICE void forget_cache(const PlanView& plan, const Chunk& chunk) {
   });
 }
 
+// A chunk's partial sum from those of its threads.
+SAMKERN_DEVICE void leave_sum(const PlanView& plan, Sum which, const Chunk& chunk, double of_thread) {
+  double sum[1] = {of_thread};
+  block_sum(sum);
+  if (device::thread() == 0) plan.partials[static_cast<int64_t>(chunk.index) * kNSums + which] = sum[0];
+}
+
 template <Kind kind_w, Kind kind_g, Base base>
 SAMKERN_DEVICE void apply_chunk(const UpdateArgs& args, const Decided& decided, const Chunk& chunk) {
   const PlanView& plan = args.plan;
   const int32_t t = chunk.tensor;
-  const bool has_grad = plan.grad[t].address != nullptr, decomposes = args.mix.mix == Mix::kDecompose;
-  if (decomposes && !has_grad && !decided.skip) forget_cache(plan, chunk);
-  const bool only_restored = base == Base::kNone && !args.hands_over && !decomposes;
+  const bool has_grad = plan.grad[t].address != nullptr, fills = fills_cache(args.mix.mix);
+  if (fills && !has_grad && !decided.skip) forget_cache(plan, chunk);
+  const bool only_restored = base == Base::kNone && !args.hands_over && !fills;
   if (decided.skip || !has_grad || only_restored) {
     if (is_saved(args, t)) restore_chunk<kind_w>(plan, chunk);
     return;
@@ -324,49 +373,59 @@ SAMKERN_DEVICE void apply_chunk(const UpdateArgs& args, const Decided& decided, 
     using T = decltype(zero);
     ChunkUpdate<kind_w, kind_g, base, T> update(args, decided, t);
     const bool packed = update.packed();
-    if (update.crowded && decomposes) {
+    if (update.crowded && update.fills()) {
       for_block<update.pack>(chunk.n, packed, [&](auto width, int32_t i) {
         update.template decompose_only<decltype(width)::value>(chunk.at + i);
       });
     }
     for_block<update.pack>(chunk.n, packed,
                            [&](auto width, int32_t i) { update.template run<decltype(width)::value>(chunk.at + i); });
-    if (!decomposes) return;
-    double cc[1] = {static_cast<double>(update.cache_sq)};
-    block_sum(cc);
-    if (device::thread() == 0) plan.partials[static_cast<int64_t>(chunk.index) * kNSums + kCC] = cc[0];
+    if (update.fills()) leave_sum(plan, kCC, chunk, update.cache_sq);
+    // In the place of a sum over gradients, which has been folded.
+    if (args.momentum_sq != nullptr && update.state1.address != nullptr) {
+      leave_sum(plan, kAA, chunk, update.momentum_sq);
+    }
   });
 }
 
-// plan.sums[kCC] from the partial sums that apply left, and what the next reuse steps divide by. By one block.
+// sums[t] from the partial sums that apply left, of every tensor for which wanted(t). By one block.
+template <typename Wanted>
+SAMKERN_DEVICE void fold_left(const PlanView& plan, Sum which, double* sums, const Wanted& wanted) {
+  auto sum_of = [&](int32_t t, int lane, int n_lanes) {
+    double sum = 0;
+    for (int32_t c = plan.first_chunk[t] + lane; c < plan.first_chunk[t + 1]; c += n_lanes) {
+      sum += device::read_shared(plan.partials + static_cast<int64_t>(c) * kNSums + which);
+    }
+    return sum;
+  };
+  for (int32_t t = 0; t < plan.n_tensors; ++t) {
+    if (plan.numel[t] < kLargeTensor || !wanted(t)) continue;
+    double sum[1] = {sum_of(t, device::thread(), device::kThreads)};
+    block_sum(sum);
+    if (device::thread() == 0) sums[t] = sum[0];
+  }
+  for (int32_t t = device::thread(); t < plan.n_tensors; t += device::kThreads) {
+    if (plan.numel[t] < kLargeTensor && wanted(t)) sums[t] = sum_of(t, 0, 1);
+  }
+  device::block_sync();
+}
+
+// plan.sums[kCC], and what the next reuse steps divide by. By one block.
 SAMKERN_COLD void keep_cache_norms(const UpdateArgs& args) {
   const PlanView& plan = args.plan;
   double* norm = args.mix.cache_norm;  // null: only the sums are wanted
-  auto cc_of = [&](int32_t t, int lane, int n_lanes) {
-    double cc = 0;
-    for (int32_t c = plan.first_chunk[t] + lane; c < plan.first_chunk[t + 1]; c += n_lanes) {
-      cc += device::read_shared(plan.partials + static_cast<int64_t>(c) * kNSums + kCC);
-    }
-    return cc;
-  };
   double* cc = plan.sums_of(kCC);
-  for (int32_t t = 0; t < plan.n_tensors; ++t) {
-    if (plan.numel[t] < kLargeTensor) continue;
-    double sum[1] = {cc_of(t, device::thread(), device::kThreads)};
-    block_sum(sum);
-    if (device::thread() == 0) cc[t] = sum[0];
-  }
-  double total[2] = {};  // of the cache, of the gradients
-  device::block_sync();
+  auto written = [&](int32_t t) { return plan.grad[t].address != nullptr && plan.cache[t].address != nullptr; };
+  fold_left(plan, kCC, cc, written);
+  const bool judges = args.mix.mix == Mix::kDecompose;  // else there is no sum over the second gradient
+  double total[2] = {};                                 // of the cache, of the gradients
   for (int32_t t = device::thread(); t < plan.n_tensors; t += device::kThreads) {
-    const bool written = plan.grad[t].address != nullptr, untouched = !written && plan.first[t].address == nullptr;
-    double sum = untouched && norm != nullptr ? norm[t] * norm[t] : 0;
-    if (written) sum = plan.numel[t] < kLargeTensor ? cc_of(t, 0, 1) : cc[t];
-    cc[t] = sum;
-    total[0] += sum;
+    const bool untouched = plan.first[t].address == nullptr || plan.cache[t].address == nullptr;
+    if (!written(t)) cc[t] = untouched && norm != nullptr ? norm[t] * norm[t] : 0;
+    total[0] += cc[t];
     if (norm == nullptr) continue;
-    const double second_sq = device::read_shared(plan.sums_of(kBB) + t);
-    norm[t] = scalars::kept_cache_norm(sum, second_sq, args.mix.scope == Scope::kTensor ? args.mix.min_sine : 0);
+    const double second_sq = judges ? device::read_shared(plan.sums_of(kBB) + t) : 0;
+    norm[t] = scalars::kept_cache_norm(cc[t], second_sq, args.mix.scope == Scope::kTensor ? args.mix.min_sine : 0);
     total[1] += second_sq;
   }
   block_sum(total);
@@ -375,6 +434,14 @@ SAMKERN_COLD void keep_cache_norms(const UpdateArgs& args) {
   if (norm == nullptr) return;
   const double min_sine = args.mix.scope == Scope::kGlobal ? args.mix.min_sine : 0;
   norm[plan.n_tensors] = scalars::kept_cache_norm(total[0], total[1], min_sine);
+}
+
+// The sums of squares that the next climb along the momentum divides by. By one block.
+template <Base base>
+SAMKERN_COLD void keep_momentum_sq(const UpdateArgs& args) {
+  fold_left(args.plan, kAA, args.momentum_sq, [&](int32_t t) {
+    return args.plan.grad[t].address != nullptr && state1_of<base>(args, t).address != nullptr;
+  });
 }
 
 // What may only change after all blocks have read it. By the last block.
@@ -396,7 +463,8 @@ SAMKERN_COLD void finish(const UpdateArgs& args, bool skip) {
       store<Kind::kAny>(plan.step[t], 0, step);
     }
   }
-  if (args.mix.mix == Mix::kDecompose) keep_cache_norms(args);
+  if (fills_cache(args.mix.mix)) keep_cache_norms(args);
+  if (base != Base::kNone && args.momentum_sq != nullptr) keep_momentum_sq<base>(args);
 }
 
 template <Kind kind_w, Kind kind_g, Base base>
@@ -455,6 +523,7 @@ const char* start_update(const PlanView& plan, const UpdateOptions& options, con
                   .max_grad_norm = options.max_grad_norm,
                   .report = options.report,
                   .skips = options.skips,
+                  .momentum_sq = options.momentum_sq,
                   .applied = applied,
                   .looked = options.looked,
                   .check = options.check,
