@@ -152,7 +152,7 @@ ARROWS = {  # a module may import from the left of itself only
     "reference_plan": {"reference", "options", "tensors"},
     "plan": {"backends", "bitmask", "options", "reference_plan"},
     "ops": {"backends", "bitmask", "reference", "reference_masks", "tensors"},
-    "undisturbed": {"tensors"},
+    "undisturbed": {"batchnorm", "tensors"},
     "samples": {"undisturbed"},
     "fisher": {"ops", "reference", "samples", "tensors", "undisturbed"},
     "optim": {"backends", "batchnorm", "bitmask", "fisher", "ops", "options", "philox", "plan", "reference", "tensors"},
