@@ -59,7 +59,7 @@ class Components:
         """The component of each parameter.
 
         Raises:
-            ValueError: "module" without a model.
+            ValueError: "module" without a model, or a list has a parameter that is not among them.
         """
         if self._how == "tensor":
             return list(range(len(params)))
@@ -69,6 +69,8 @@ class Components:
                 raise ValueError("components='module' needs model=: it says which module owns which parameter")
             parts = [list(module.parameters(recurse=False)) for module in model.modules()]
         place = {p: k for k, part in enumerate(parts) for p in part}
+        if self._lists and not place.keys() <= set(params):
+            raise ValueError("components name a parameter that this optimizer does not have")
         return [place.get(p, len(parts)) for p in params]
 
     def due(

@@ -40,8 +40,8 @@ def _passes(opt: SharpnessAware, keeper: PlanKeeper) -> list[str]:
     update = (
         f"{why}, in the pass that restores the weights" if rule else f"{name}.step() after restoring, because {why}"
     )
-    kinds = {"perturbation": opt.perturbation, "mask": opt.mask, "schedule": opt.schedule, "reuse": opt.reuse}
-    kinds["radius"] = opt.learned
+    kinds: dict[str, Any] = {"perturbation": opt.perturbation, "mask": opt.mask, "schedule": opt.schedule}
+    kinds |= {"reuse": opt.reuse, "radius": opt.learned}
     for kind in ("mask", "radius"):  # most have none
         if kinds[kind] is None:
             del kinds[kind]

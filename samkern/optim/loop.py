@@ -97,14 +97,14 @@ class StepLoop(OptimizerAround):
         self.require_idle("step()")
         if closure is None:
             return self._step_after_pass()
-        if not callable(closure):
-            closures = list(closure)
-            return self._step_of_parts(closures) if len(closures) > 1 else self.step(closures[0])
+        closures = [closure] if callable(closure) else list(closure)
+        if len(closures) > 1:
+            return self._step_of_parts(closures)
         if self.perturbation.before_pass:
-            return self._step_before_pass(closure)
-        loss = self._step_of_one(closure)
+            return self._step_before_pass(closures[0])
+        loss = self._step_of_one(closures[0])
         if self.learned is not None and self.learned.is_ready and val_closure is not None:
-            self._learn(self.learned, closure, val_closure)
+            self._learn(self.learned, closures[0], val_closure)
         return loss
 
     def _step_of_one(self, closure: Closure) -> Any:
@@ -133,7 +133,7 @@ class StepLoop(OptimizerAround):
                 rng = SharedRng(params) if self.share_rng else None
                 losses.append(_evaluate(closure))
                 decided = self._begin() if decided is None else decided
-                record = replace(decided, report=torch.empty_like(decided.report))
+                self._pending = record = replace(decided, report=torch.empty_like(decided.report))
                 if record.looked:
                     self._climb(True, record)
                     reports.append(record.report)
@@ -166,7 +166,7 @@ class StepLoop(OptimizerAround):
     def _step_after_pass(self) -> None:
         if self._passed is None:
             raise RuntimeError("step() without a closure comes after a pass within perturbed(), and there was none")
-        self._pending, self._passed = self._passed, None
+        self._pending = self._passed
         self.second_step()
 
     @torch.no_grad()
@@ -213,14 +213,18 @@ class StepLoop(OptimizerAround):
         """
         fit.check_perturbed(self)
         self.require_idle("perturbed()")
-        with torch.no_grad():
-            self._climb_before_pass()
-        record = self._pending
         try:
-            yield
-        finally:
             with torch.no_grad():
-                self.restore()
+                self._climb_before_pass(self._passed)
+            record = self._pending
+            yield
+        except BaseException:
+            self._passed = None
+            self.restore()
+            raise
+        with torch.no_grad():
+            self._keeper.restore()
+        self._finish()
         self._passed = record
 
     @torch.no_grad()
@@ -277,8 +281,9 @@ class StepLoop(OptimizerAround):
         if self.model is not None:
             self._until_done.enter_context(frozen_running_stats(self.model))
 
-    def _climb_before_pass(self) -> None:
-        self._pending = record = self._begin()
+    def _climb_before_pass(self, passed: StepRecord | None = None) -> None:
+        """Perturbs the weights before the only pass of a step, or as for the part of it that has ``passed``."""
+        self._pending = record = self._begin() if passed is None else passed
         if record.looked:
             climbs, renormalise = self._climbs()
             fit.check_momentum(self.base, climbs)
@@ -322,6 +327,7 @@ class StepLoop(OptimizerAround):
     def _settle(self, record: StepRecord) -> None:
         """The step has been taken."""
         t, self._t = self._t, self._t + 1
+        self._passed = None
         self.evaluations += record.evaluations
         self.last_step = record
         if self.reuse is not None:

@@ -40,7 +40,6 @@ class Reuse:
     options: dict[str, Any]
     keeps = True  # a cache; else only looks are mixed
     keeps_difference = False  # it is g_s - g
-    follows_steps = False  # weights depend on the step
 
     def check(self, group: Mapping[str, Any]) -> None:
         """Raises ``ValueError`` if an option of a group is out of range."""
@@ -52,6 +51,11 @@ class Reuse:
     def samples(self, looking: Looking) -> bool:
         """Whether a look has anything to sample. May choose what."""
         return True
+
+    @property
+    def follows_steps(self) -> bool:
+        """Whether the weights of a mix depend on the number of the step."""
+        return False
 
     @property
     def samples_all(self) -> bool:
@@ -127,7 +131,6 @@ class Blend(Reuse):
     """
 
     keeps = False
-    follows_steps = True
 
     def __init__(self, gamma: float | str = 2.0, gamma_max: float = 4.0, schedule: Bernoulli | None = None) -> None:
         at_least("gamma_max", gamma_max, 1)
@@ -140,6 +143,10 @@ class Blend(Reuse):
             at_least("gamma", group["gamma"], 0)
         elif self._schedule is None:
             raise ValueError("gamma='match' follows the probability of a look: pass schedule=, a Bernoulli")
+
+    @property
+    def follows_steps(self) -> bool:
+        return self._schedule is not None and self._schedule.schedule != "constant"
 
     def mix(self, t: int, looked: bool, groups: Sequence[Mapping[str, Any]]) -> MixOptions:
         if not looked:
@@ -179,7 +186,7 @@ class Difference(Reuse):
     6
     """
 
-    keeps_difference = follows_steps = True
+    keeps_difference = True
 
     def __init__(
         self,
@@ -202,6 +209,10 @@ class Difference(Reuse):
 
     def check(self, group: Mapping[str, Any]) -> None:
         between("beta", group["beta"], 0, 1)
+
+    @property
+    def follows_steps(self) -> bool:
+        return self.options["beta"] != 1 or self.max_age is not None or self._components.splits
 
     def samples(self, looking: Looking) -> bool:
         self._component = self._components.of(looking.params, looking.model)
