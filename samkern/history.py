@@ -178,7 +178,7 @@ class History:
 def _kept(name: str, value: Any) -> Any:
     """``value`` as it is now, where it is now."""
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        return value.detach().clone().view(())  # a running sum may be added to before it is read
+        return value.detach().clone()  # a running sum may be added to before it is read
     if value is None or isinstance(value, Real):
         return _plain(value)
     got = f"a {value.dtype} tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)

@@ -228,7 +228,7 @@ def test_nothing_is_read_between_flushes(tmp_path):
                     assert calls.counts["stack"] == 0
         assert calls.reads > 0
         copies.append(calls.counts["stack"])
-    assert copies[0] == copies[1] <= 3  # one for what is alike, of however many steps
+    assert copies[0] == copies[1] <= 4  # one for what is alike, of however many steps
 
 
 def test_the_training_is_the_same(tmp_path):
