@@ -457,8 +457,7 @@ TORCH_LIBRARY(samkern, m) {
       "skip=None) -> ()");
   m.def(
       "fisher_accumulate_(Tensor(a!)[] f, Tensor[] g, float keep, float gain, Tensor? scale=None, Tensor? skip=None) "
-      "-> "
-      "()");
+      "-> ()");
   m.def("update_adam_" SAMKERN_ADAM_ARGUMENTS);
   m.def("update_adamw_" SAMKERN_ADAM_ARGUMENTS);
 }

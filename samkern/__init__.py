@@ -4,7 +4,7 @@ import warnings
 
 __version__ = "0.1.0"
 
-from . import fisher, ops, optim, sharpness
+from . import fisher, history, ops, optim, sharpness
 from .backends import NotBuiltError, backends, info, native, use_backend
 from .batchnorm import frozen_running_stats
 from .bitmask import BitMask
@@ -54,6 +54,7 @@ __all__ = [
     "backends",
     "fisher",
     "frozen_running_stats",
+    "history",
     "info",
     "ops",
     "optim",

@@ -18,6 +18,11 @@ _FORWARDS = {
 }
 
 
+def has_running_stats(module: nn.Module) -> bool:
+    """Whether ``module`` itself owns a running mean or variance."""
+    return any(isinstance(getattr(module, name, None), Tensor) for name in ("running_mean", "running_var"))
+
+
 @contextlib.contextmanager
 def frozen_running_stats(model: nn.Module) -> Iterator[None]:
     """Within the block, forwards through ``model`` leave all running statistics as they are.
@@ -39,7 +44,7 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
         if isinstance(module, _BatchNorm) and type(module).forward in _FORWARDS:
             if module.track_running_stats:
                 told.append(module)
-        elif any(isinstance(getattr(module, name, None), Tensor) for name in ("running_mean", "running_var")):
+        elif has_running_stats(module):
             copies += [(buffer, buffer.clone()) for buffer in module.buffers(recurse=False)]
     try:
         for module in told:

@@ -48,7 +48,8 @@ class BitMask:
     @classmethod
     def ones(cls, like: Sequence[Tensor]) -> BitMask:
         """All ones."""
-        return cls.pack([torch.ones(x.shape, dtype=torch.bool, device=x.device) for x in like])
+        shapes = tuple(x.shape for x in like)
+        return cls(_ones(shapes, like[0].device if like else None), shapes)
 
     @classmethod
     def pack(cls, tensors: Sequence[Tensor]) -> BitMask:
@@ -79,8 +80,7 @@ class BitMask:
 
     def inverted(self) -> BitMask:
         """Zeros for ones, and ones for zeros."""
-        everything = [pack_bits(torch.ones(x.numel(), dtype=torch.bool, device=self.bits.device)) for x in self.shapes]
-        return BitMask(torch.cat(everything) ^ self.bits, self.shapes) if everything else self
+        return BitMask(_ones(self.shapes, self.bits.device) ^ self.bits, self.shapes)
 
     def clone(self) -> BitMask:
         """A copy."""
@@ -98,3 +98,9 @@ class BitMask:
             else pack_bits(unpack_bits(part, x.numel()).view(x.shape).permute(memory_order(x)).flatten())
             for part, x in zip(self.parts(), tensors, strict=True)
         ]
+
+
+def _ones(shapes: Sequence[torch.Size], device: torch.device | None) -> Tensor:
+    """The bits of all ones: zeros are left at the end of the last word of each tensor."""
+    parts = [pack_bits(torch.ones(shape.numel(), dtype=torch.bool, device=device)) for shape in shapes]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8, device=device)

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .batchnorm import has_running_stats
 from .tensors import overlaps_itself
 
 
@@ -39,9 +40,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 
 
 def _keeps_statistics(module: nn.Module) -> bool:
-    if isinstance(module, _NormBase) and module.track_running_stats:
-        return True
-    return any(isinstance(getattr(module, name, None), Tensor) for name in ("running_mean", "running_var"))
+    return (isinstance(module, _NormBase) and module.track_running_stats) or has_running_stats(module)
 
 
 @contextmanager

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -51,6 +57,19 @@ def closure_for(net: nn.Module, t: int, zero_grad, dtype: torch.dtype = torch.fl
     return closure
 
 
+def scaled(closure, net: nn.Module, scale: float):
+    """``closure``, and gradients times ``scale``."""
+
+    def scaled_closure():
+        loss = closure()
+        for p in net.parameters():
+            if p.grad is not None:
+                p.grad.mul_(scale)
+        return loss
+
+    return scaled_closure
+
+
 def train(net: nn.Module, opt, steps, dtype: torch.dtype = torch.float64) -> list[float]:
     return [float(opt.step(closure_for(net, t, opt.zero_grad, dtype))) for t in steps]
 
@@ -62,3 +81,25 @@ def flat(net: nn.Module) -> torch.Tensor:
 
 def weights(net: nn.Module) -> list[torch.Tensor]:
     return [p.detach().clone() for p in net.parameters()]
+
+
+def through_a_file(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def copied(how: str, net: nn.Module, opt, make: Callable[[Any], Any]) -> tuple[nn.Module, Any]:
+    """Net and optimizer again: by "deepcopy", by "pickle", or from a "file" into others, which ``make`` makes."""
+    if how == "deepcopy":
+        return copy.deepcopy((net, opt))
+    if how == "pickle":
+        return pickle.loads(pickle.dumps((net, opt)))
+    dtype = next(net.parameters()).dtype
+    twin = make_net(dtype, seed=9)
+    other = make(twin.parameters())
+    train(twin, other, range(3), dtype)  # what is loaded replaces what is there
+    twin.load_state_dict(through_a_file(net.state_dict()))
+    other.load_state_dict(through_a_file(opt.state_dict()))
+    return twin, other

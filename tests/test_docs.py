@@ -26,13 +26,14 @@ MODULES = [
 
 
 @pytest.mark.parametrize("name", ["samkern", *MODULES])
-def test_examples_in_docstrings(name):
+def test_examples_in_docstrings(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     result = doctest.testmod(importlib.import_module(name), extraglobs={"samkern": samkern, "torch": torch})
     assert result.failed == 0
 
 
 def public_objects():
-    for owner in (samkern, samkern.optim, samkern.sharpness):
+    for owner in (samkern, samkern.history, samkern.optim, samkern.sharpness):
         for name in owner.__all__:
             yield f"{owner.__name__}.{name}", getattr(owner, name)
     for name, value in inspect.getmembers(samkern.ops, inspect.isfunction):
@@ -78,7 +79,8 @@ def test_examples(path):
         assert "momentum handed over: True" in result.stdout
 
 
-def test_code_in_the_readme_runs():
+def test_code_in_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert blocks
     namespace = {}
@@ -152,10 +154,11 @@ ARROWS = {  # a module may import from the left of itself only
     "reference_plan": {"reference", "options", "tensors"},
     "plan": {"backends", "bitmask", "options", "reference_plan"},
     "ops": {"backends", "bitmask", "reference", "reference_masks", "tensors"},
-    "undisturbed": {"tensors"},
+    "undisturbed": {"batchnorm", "tensors"},
     "samples": {"undisturbed"},
     "fisher": {"ops", "reference", "samples", "tensors", "undisturbed"},
     "optim": {"backends", "batchnorm", "bitmask", "fisher", "ops", "options", "philox", "plan", "reference", "tensors"},
+    "history": {"optim"},
     "sharpness": set(),
     "demo": {"backends", "fisher", "optim", "sharpness"},
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 import subprocess
 import sys
 
@@ -27,8 +26,7 @@ from samkern.optim import (
 from .lists import affordable, same_bits
 from .methods import BASES, MOMENTUM
 from .oracles import schedules
-from .problems import closure_for, flat, make_net, train, weights
-from .test_state import through_a_file
+from .problems import closure_for, copied, flat, make_net, scaled, train, weights
 
 METHODS = {
     "RST": (samkern.RST, schedules.RST, {"p": 0.4, "seed": 3}),
@@ -260,14 +258,7 @@ def test_resume_is_bit_exact(name, how, backend):
     net = make_net(torch.float32)
     opt = make(name, net.parameters(), backend=backend)
     train(net, opt, range(5), torch.float32)
-    if how == "file":
-        twin = make_net(torch.float32, seed=9)
-        resumed = make(name, twin.parameters(), backend=backend)
-        train(twin, resumed, range(3), torch.float32)
-        twin.load_state_dict(through_a_file(net.state_dict()))
-        resumed.load_state_dict(through_a_file(opt.state_dict()))
-    else:
-        twin, resumed = copy.deepcopy((net, opt)) if how == "deepcopy" else pickle.loads(pickle.dumps((net, opt)))
+    twin, resumed = copied(how, net, opt, lambda params: make(name, params, backend=backend))
     train(net, opt, range(5, 10), torch.float32)
     train(twin, resumed, range(5, 10), torch.float32)
     assert same_bits(weights(net), weights(twin))
@@ -281,16 +272,7 @@ def test_under_a_loss_scale_decisions_are_the_same(backend):
         opt = make("AESAM", net.parameters(), backend=backend)
         for t in range(6):
             opt.grad_scale = torch.tensor(scale)
-            closure = closure_for(net, t, opt.zero_grad, torch.float32)
-
-            def scaled(closure=closure, scale=scale, net=net):
-                loss = closure()
-                for p in net.parameters():
-                    if p.grad is not None:
-                        p.grad.mul_(scale)
-                return loss
-
-            opt.step(scaled)
+            opt.step(scaled(closure_for(net, t, opt.zero_grad, torch.float32), net, scale))
         ends.append((weights(net), opt.evaluations))
     assert same_bits(ends[0][0], ends[1][0])
     assert ends[0][1] == ends[1][1]

@@ -25,8 +25,7 @@ from .methods import MOMENTUM, OwnStepSGD, method_named
 from .oracles import looksam, sam, ssam
 from .oracles.bases import Sgd
 from .oracles.masks import top_k
-from .problems import closure_for, flat, make_net, train, weights
-from .test_state import through_a_file
+from .problems import closure_for, copied, flat, make_net, scaled, through_a_file, train, weights
 
 SGD = {"lr": 0.1, "momentum": 0.9}
 OPTIONS = {"rho": 0.1, "refresh_interval": 3, **SGD}
@@ -458,16 +457,7 @@ def test_under_a_loss_scale_the_same_numbers_are_accumulated(backend):
         for t in range(5):
             opt.grad_scale = torch.tensor(scale)
             opt.zero_grad()
-            closure = closure_for(net, t, opt.zero_grad, FP32)
-
-            def scaled(closure=closure, scale=scale, net=net):
-                loss = closure()
-                for p in net.parameters():
-                    if p.grad is not None:
-                        p.grad.mul_(scale)
-                return loss
-
-            opt.step(scaled)
+            opt.step(scaled(closure_for(net, t, opt.zero_grad, FP32), net, scale))
         ends.append((weights(net), ones(opt), list(opt.state_dict()["samkern"]["squares"].values())))
     assert same_bits(ends[0][0], ends[1][0])
     assert same_masks(ends[0][1], ends[1][1])
@@ -567,16 +557,7 @@ def test_resume_is_bit_exact(make, dtype, how, backend):
     net = make_net(dtype)
     opt = make(net.parameters(), backend=backend)
     train(net, opt, range(5), dtype)
-    if how == "file":
-        twin = make_net(dtype, seed=9)
-        resumed = make(twin.parameters(), backend=backend)
-        train(twin, resumed, range(4), dtype)
-        twin.load_state_dict(through_a_file(net.state_dict()))
-        resumed.load_state_dict(through_a_file(opt.state_dict()))
-    elif how == "deepcopy":
-        twin, resumed = copy.deepcopy((net, opt))
-    else:
-        twin, resumed = pickle.loads(pickle.dumps((net, opt)))
+    twin, resumed = copied(how, net, opt, lambda params: make(params, backend=backend))
     assert same_masks(opt.masks(), resumed.masks())
     train(net, opt, range(5, 8), dtype)
     train(twin, resumed, range(5, 8), dtype)

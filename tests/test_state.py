@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -14,14 +13,7 @@ import samkern
 
 from .lists import FP32, same_bits, sums_error
 from .methods import BASES, MOMENTUM, SAM, base_named, each_base, each_method, method_named
-from .problems import closure_for, flat, make_net, train, weights
-
-
-def through_a_file(value):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
+from .problems import closure_for, flat, make_net, through_a_file, train, weights
 
 
 @each_method

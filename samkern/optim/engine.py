@@ -143,6 +143,11 @@ class SharpnessAware(StepLoop):
         """The learned radius, a 0-d tensor; without one, the default ``rho`` of the groups."""
         return self.learned.rho if self.learned is not None else self.defaults[self.key("rho")]
 
+    @property
+    def steps(self) -> int:
+        """Steps so far, those that were skipped too."""
+        return self._t
+
     @torch.no_grad()
     def refresh_mask(self, losses: Losses | None = None) -> None:
         """Makes the mask anew now, between two steps, beside the refreshes that are due by its interval.

@@ -49,6 +49,11 @@ class StepRecord:
         return self.report[Report.SECOND_NORM] if self.looked else None
 
     @property
+    def perturb_norm(self) -> Tensor | None:
+        """What ``eps`` was divided by, ``norm(T g)`` over the perturbed tensors; None if the step did not look."""
+        return self.report[Report.PERTURB_NORM] if self.looked else None
+
+    @property
     def was_skipped(self) -> Tensor:
         """Whether a gradient was not finite: a 0-d bool on the device."""
         return (self.report[Report.SKIPPED_FIRST :] != 0).any()
