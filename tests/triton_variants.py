@@ -112,7 +112,7 @@ def list_update(base, w):
         "PHASES": int(common.APPLY | adam),
         "FORM": form,
         "GIVEN": Given(True, True, True, True),
-        "TYPES": types_of(w, w, cache=w, state1=state, state2=state),
+        "TYPES": types_of(w, w, other=w, state1=state, state2=state),
     }
     return lists.update_list_kernel, registers_for([w], True), constants
 
