@@ -44,8 +44,8 @@ def registers_for(
 
     A cooperative launch must know how many programs are resident, and this says it: 4, 3 or 2 on a multiprocessor.
     ``crowded``: scales by filter, a mix, or a base update other than SGD's. Those have more operands, and keep as many bytes
-    under way with fewer threads. ``scaled``: there may be a loss scale. ``masked``: there are masks, each entry's byte an
-    address of its own: too many beside those of half types.
+    under way with fewer threads. ``scaled``: there may be a loss scale, or moments are summed. ``masked``: there are masks,
+    each entry's byte an address of its own: too many beside those of half types.
     """
     if crowded or (masked and any(dtype.itemsize == 2 for dtype in dtypes)):
         return 128

@@ -68,7 +68,7 @@ def form_of_update(
 ) -> Update:
     """The same for an update."""
     added = common.CACHE if mix.mix.adds_cache else common.FIRST if mix.mix == Mix.BLEND else NOTHING
-    changes = clips or added is not NOTHING or scaling.grad_scale is not None
+    changes = clips or int(added) != int(NOTHING) or scaling.grad_scale is not None
     return Update(
         base=int(base),
         mix=int(mix.mix),
@@ -162,9 +162,7 @@ class TritonPlan(ReferencePlan):
         tables.bind(common.MASK, self._mask)
         numbers = tables.numbers("the climb", [value for group in climbs for value in group.numbers])
         halves = any(p.element_size() == 2 for p in self._params)
-        form = form_of_climbs(
-            climbs, halves, _is_given(scaling), bool(self._mask), renormalise, along_momentum, known
-        )
+        form = form_of_climbs(climbs, halves, _is_given(scaling), bool(self._mask), renormalise, along_momentum, known)
         filters = any(group.climb == Climb.FILTER for group in climbs)
         squares = tables.filter_squares(filters)
 
@@ -238,7 +236,7 @@ class TritonPlan(ReferencePlan):
                     *(len(self._params), n_groups, n_chunks, tables.n_chunks),
                 ],
                 n_chunks,
-                registers_for(part.dtypes, mix.mix != Mix.GRADIENT or base != Base.SGD, form.scaled),
+                registers_for(part.dtypes, mix.mix != Mix.GRADIENT or base != Base.SGD, form.scaled or form.tracks),
                 PHASES=phases,
                 FORM=form,
                 TYPES=types_of(w, g, other=other, cache=kept),

@@ -63,7 +63,6 @@ from .common import (
     only_if,
     place,
     read,
-    read_sum,
     read_sums,
     round_to,
     share,
@@ -343,7 +342,9 @@ def update_range(
     if FORM.base >= ADAM:
         options = adam_options(tables, group, t, FORM.base, MATH)
     # With more operands fewer elements at once: 64 registers have to hold them.
-    MANY: tl.constexpr = FORM.base >= ADAM or FORM.added != NOTHING or (WITH_BUFFER and TYPES.w.primitive_bitwidth == 32)
+    MANY: tl.constexpr = (
+        FORM.base >= ADAM or FORM.added != NOTHING or (WITH_BUFFER and TYPES.w.primitive_bitwidth == 32)
+    )
     SIZE: tl.constexpr = TYPES.block // 2 if MANY else TYPES.block
     TRACKED: tl.constexpr = FORM.tracks and (FORM.base >= ADAM or WITH_BUFFER)
     LANE: tl.constexpr = 128 // TYPES.w.primitive_bitwidth
