@@ -77,7 +77,7 @@ def test_as_a_backend_of_all_tests(interpreted, record_property):
     record_property("triton", n_passed)
 
 
-# What most training runs; SAMKERN_ALL_KERNELS=1 compiles every variant (5 minutes on 2 cores).
+# What most training runs; SAMKERN_ALL_KERNELS=1 compiles every variant (6 minutes on 2 cores).
 USUAL = [
     "perturb-EUCLIDEAN-float32",
     "perturb-EUCLIDEAN-bfloat16",

@@ -74,8 +74,8 @@ def update(base, mix, w, cache=FP32, clips=False, scaling=UNSCALED, tracks=False
         "FORM": form_of_update(base, options, looked, True, clips, scaling, looked, tracks),
         "TYPES": types_of(w, w, other=cache if mix.adds_cache else w, cache=cache),
     }
-    crowded = mix != Mix.GRADIENT or base != Base.SGD
-    return update_kernel, registers_for([w], crowded, constants["FORM"].scaled or tracks), constants
+    crowded = mix != Mix.GRADIENT or base != Base.SGD or tracks
+    return update_kernel, registers_for([w], crowded, constants["FORM"].scaled), constants
 
 
 def restore(w):

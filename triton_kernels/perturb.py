@@ -380,9 +380,9 @@ def perturb_kernel(
 ):  # fmt: skip
     """Foret et al. 2021 (arXiv 2010.01412), eq. 2: ``saved = w; w += rho g / norm(g)``, and its relatives by mode.
 
-    Operands of a tensor: W (written), FIRST (the gradient, or what ``FORM`` takes for minus it), SAVED (written; 0: not
-    perturbed), MASK (bits, 0: none). ``FORM``: ``Climbs``, of which ``known`` reads ``momentum_sq``. A norm that is not
-    finite leaves ``w`` as it is. Writes all of ``report``. More than one phase in a launch: cooperative.
+    Operands of a tensor: W (written), FIRST (the gradient, or the first moment), SAVED (written; 0: not perturbed), MASK
+    (bits, 0: none). ``FORM``: ``Climbs``; sums that are ``known`` are in ``momentum_sq``. A norm that is not finite leaves
+    ``w`` as it is. Writes all of ``report``. More than one phase in a launch: cooperative.
 
     Under a loss scale, sums are divided by it as they are folded: all that follows is as if ``g`` had been.
     """

@@ -103,18 +103,19 @@ class TritonPlan(ReferencePlan):
     ) -> None:
         super().__init__(params, group, cache_norm, fresh, skips)
         self._device = cache_norm.device
-        self._momentum_sq = torch.zeros(len(params), dtype=torch.float64, device=self._device)
-        self._climbs_along_momentum = False
         check_device(self._device)
         self._tables = DeviceTables(params, group, self._device)
         self._tables_without_look: DeviceTables | None = None
         # Made here: a step that fails while a graph is recorded is undone without uploading anything.
         self._slices_to_restore = self._tables.slices("restore", [(p.dtype,) for p in params])
         self._slots: dict[int, Tensor] = {}
+        # From the first climb along the momentum on, updates keep sums of squares of the moments that they write.
+        self._momentum_sq = torch.zeros(len(params), dtype=torch.float64, device=self._device)
+        self._climbs_along_momentum = False
 
     def bind_state(self, state: Mapping[Any, Any], keys: Sequence[str]) -> None:
         super().bind_state(state, keys)
-        self._known: set[int] = set()  # whose first moments have the sums of squares that _momentum_sq says
+        self._known: set[int] = set()  # parameters for which _momentum_sq holds
 
     def perturb(
         self,
@@ -224,6 +225,8 @@ class TritonPlan(ReferencePlan):
         numbers = tables.numbers(kind, _update_options(groups, mix, max_grad_norm, n_groups))
         weights = self._weights(mix)
 
+        crowded = mix.mix != Mix.GRADIENT or base != Base.SGD or form.tracks
+
         def launch(part: Slice, phases: int) -> None:
             w, g, other, kept = part.dtypes
             n_chunks = part.chunks.shape[1]
@@ -236,7 +239,7 @@ class TritonPlan(ReferencePlan):
                     *(len(self._params), n_groups, n_chunks, tables.n_chunks),
                 ],
                 n_chunks,
-                registers_for(part.dtypes, mix.mix != Mix.GRADIENT or base != Base.SGD, form.scaled or form.tracks),
+                registers_for(part.dtypes, crowded, form.scaled),
                 PHASES=phases,
                 FORM=form,
                 TYPES=types_of(w, g, other=other, cache=kept),
