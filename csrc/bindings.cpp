@@ -277,7 +277,11 @@ class Plan {
     options.max_grad_norm = max_grad_norm;
     options.report = report.mutable_data_ptr<double>();
     options.skips = skips_.mutable_data_ptr<int64_t>();
-    if (momentum_sq_.defined()) options.momentum_sq = momentum_sq_.mutable_data_ptr<double>();
+    if (options.base == Base::kNone) {
+      momentum_sq_known_ = false;  // somebody else writes the moments
+    } else if (momentum_sq_.defined()) {
+      options.momentum_sq = momentum_sq_.mutable_data_ptr<double>();
+    }
     std::vector<BaseGroup> groups;
     for (const auto& [lr, weight_decay, momentum, dampening, nesterov, beta1, beta2, eps, on_device] : base_groups) {
       groups.push_back(

@@ -109,11 +109,7 @@ class ReferencePlan:
             p.grad = None
 
     def perturb_along_momentum(self, climbs: Sequence[ClimbGroup], report: Tensor, renormalise: bool = False) -> None:
-        momentum = {
-            i: self._state[p][self._keys[0]]
-            for i, p in enumerate(self._params)
-            if p.requires_grad and self._keys and self._keys[0] in self._state.get(p, {})
-        }
+        momentum = self._first_moments()
         scale = self._climb_scales(momentum, climbs, report, UNSCALED, renormalise)
         report[Report.GRAD_NORM] = 0
         self._climb_all(momentum, -scale, climbs, report)
@@ -191,6 +187,14 @@ class ReferencePlan:
                     "gradients (for embeddings: sparse=False)"
                 )
         return grads
+
+    def _first_moments(self) -> dict[int, Tensor]:
+        """Those of parameters that require a gradient."""
+        return {
+            i: self._state[p][self._keys[0]]
+            for i, p in enumerate(self._params)
+            if p.requires_grad and self._keys and self._keys[0] in self._state.get(p, {})
+        }
 
     def _zeros(self, rows: int) -> Tensor:
         return torch.zeros(rows, len(self._params) + 1, dtype=torch.float64, device=self._cache_norm.device)
@@ -337,7 +341,8 @@ class ReferencePlan:
         scoped = torch.arange(len(cc), device=cc.device) == len(self._params)
         min_sine = torch.where(scoped if mix.scope == Scope.GLOBAL else ~scoped, mix.min_sine, 0.0)
         norm = reference.kept_cache_norm(cc, second_sq, min_sine)
-        self._cache_norm.copy_(torch.where(skip, self._cache_norm, norm))
+        bound = torch.tensor([*(i in self._cache for i in range(len(self._params))), True], device=cc.device)
+        self._cache_norm.copy_(torch.where(skip | ~bound, self._cache_norm, norm))
 
     def _step(
         self,

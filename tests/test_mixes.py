@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from samkern.options import Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report, Scaling
+from samkern.options import Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report, Scaling, Scope
 from samkern.plan import Kept, make_plan
 
 from .lists import BF16, FP16, FP32, FP64, affordable, agree, borders_intact, dtype_name, guarded_list, seeded
@@ -166,11 +166,12 @@ def test_gradients_are_blended(base, dtype, fast):
     assert_same(run, expected, fast)
 
 
-@pytest.mark.parametrize("mix", [Mix.DECOMPOSE, Mix.DIFFERENCE], ids=lambda mix: mix.name.lower())
-def test_a_tensor_without_a_cache_is_only_updated(mix, fast):
-    """What it kept is bound again afterwards, as it was, with its norm."""
+@pytest.mark.parametrize(
+    "look", [MixOptions(Mix.DECOMPOSE, Scope.TENSOR, 0.9), DIFFERENCE], ids=lambda x: x.mix.name.lower()
+)
+def test_a_tensor_without_a_cache_is_only_updated(look, fast):
+    """What it kept is bound again afterwards, as it was, with its norm: min_sine judges only what is written."""
     run, expected = pair(fast, "SGD", FP32)
-    look = MixOptions(mix)
     for each in (run, expected):
         each.step(look, looks=True)
         before, norms = [cache.clone() for cache in each.caches], each.kept.cache_norm.clone()

@@ -18,6 +18,7 @@ from samkern.options import UNSCALED, Base, BaseGroup, Climb, ClimbGroup, Mix, M
 from samkern.plan import Kept
 from samkern.reference_plan import ReferencePlan
 from samkern.triton_kernels import TritonPlan, common, tables
+from samkern.triton_kernels.launch import run_phases
 from samkern.triton_kernels.plan import form_of_climbs
 from samkern.triton_kernels.tables import DeviceTables
 
@@ -312,6 +313,49 @@ def test_nothing_is_read_back(monkeypatch):
         plan.update(Base.ADAM, [BaseGroup(0.1, beta1=0.9, beta2=0.99, eps=1e-8)], mix, True, True, 1.0, report)
     assert [s["step"].item() for s in state.values()] == [1.0] * len(params)
     assert kept.cache_norm[-1] > 0
+
+
+@torch.no_grad()
+def test_a_climb_along_the_momentum_reduces_only_what_has_changed(monkeypatch):
+    """Sums of squares of moments hold until something else than an update writes these, or another parameter climbs."""
+    (made, params, _), _ = make_plans([(5,), (700,), (3, 2)])
+    moments, report, phases = [torch.randn_like(p) for p in params], poisoned_report(), []
+    made.bind_state({p: {"v": v} for p, v in zip(params, moments, strict=True)}, ("v",))
+
+    def watched(launch, slices, wanted):
+        phases.append(wanted)
+        run_phases(launch, slices, wanted)
+
+    def reduces():
+        made.perturb_along_momentum([ClimbGroup(Climb.EUCLIDEAN, 0.3)], report)
+        norm = sum(v.double().square().sum() for v, p in zip(moments, params, strict=True) if p.requires_grad).sqrt()
+        torch.testing.assert_close(report[Report.PERTURB_NORM], norm, rtol=1e-11, atol=0)
+        return phases[-1] & common.REDUCE != 0
+
+    def update(base=Base.SGD, momentum=0.9):
+        made.update(base, [BaseGroup(0.1, momentum=momentum)], MixOptions(), True, False, 0.0, report)
+
+    monkeypatch.setattr("samkern.triton_kernels.plan.run_phases", watched)
+    params[0].requires_grad_(False).grad = None
+    assert reduces()
+    update()
+    assert not reduces()
+    update(momentum=0.0)
+    assert not reduces()
+    update()
+    params[0].requires_grad_(True)
+    assert reduces()
+    update(Base.NONE)
+    moments[1].mul_(2)
+    assert reduces()
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(2), torch.ones(3, dtype=FP64), torch.ones(4, dtype=FP64)[::2]], ids=str)
+def test_weights_are_checked(wrong):
+    made, _, _ = make_plans([(3,), (2, 2)])[0]
+    mix = MixOptions(Mix.ADD, alpha=[1.0], weights=wrong)
+    with pytest.raises(ValueError, match="weights must be contiguous float64 with 2 entries on cpu, got"):
+        made.update(Base.SGD, [BaseGroup(0.1)], mix, False, True, 0.0, poisoned_report())
 
 
 @torch.no_grad()

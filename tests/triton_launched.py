@@ -12,7 +12,7 @@ from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from samkern.options import Base, BaseGroup, Climb, ClimbGroup, MixOptions, Report
+from samkern.options import Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report
 from samkern.plan import Kept
 from samkern.triton_kernels import TritonPlan, arguments, launch, masks, ops, plan, tables
 
@@ -68,6 +68,21 @@ def half_steps():
             show(half, getattr(made, half), *arguments[half])
 
 
+def along_the_momentum():
+    """Reduces once: later climbs take sums that the update leaves. Then a step that adds a cache."""
+    p, report = nn.Parameter(torch.ones(5)), torch.zeros(len(Report), dtype=FP64)
+    p.grad, kept = torch.ones(5), Kept([p])
+    made = TritonPlan([p], [0], kept.cache_norm, kept.fresh, kept.skips)
+    made.bind_state({p: {"v": torch.ones(5)}}, ("v",))
+    made.bind_cache(0, torch.ones(5))
+    climb, base = [ClimbGroup(Climb.EUCLIDEAN, 0.1)], (Base.SGD, [BaseGroup(0.1, momentum=0.9)])
+    for _ in range(3):
+        show("climb_along_momentum", made.perturb_along_momentum, climb, report)
+        show("tracked_update", made.update, *base, MixOptions(), True, True, 0.0, report)
+    added = MixOptions(Mix.ADD, alpha=[1.0], weights=torch.ones(1, dtype=FP64))
+    show("weighted_update", made.update, *base, added, False, True, 0.0, report)
+
+
 def list_ops():
     w, g, saved, c, m, v = ([torch.ones(n) for n in (3, 2)] for _ in range(6))
     steps, parts = [torch.zeros(()) for _ in w], {"clip": scalar(1), "skip": torch.tensor(False), "saved": saved}
@@ -109,3 +124,4 @@ if __name__ == "__main__":
     half_steps()
     list_ops()
     masks_and_climbs()
+    along_the_momentum()

@@ -34,7 +34,7 @@ POINTERS = {
     **dict.fromkeys(("rows", "scalars", "skips", "wanted", "histograms", "dropped", "ties", "n_nan"), "*i64"),
     **dict.fromkeys(("places", "chunks", "runs", "sem", "matrices", "products"), "*i32"),
     **dict.fromkeys(("numbers", "partials", "run_partials", "filter_squares", "sums", "report", "cache_norm"), "*fp64"),
-    **dict.fromkeys(("out", "scale", "k", "coeff_a", "coeff_b", "clip"), "*fp64"),
+    **dict.fromkeys(("out", "scale", "k", "coeff_a", "coeff_b", "clip", "weights", "momentum_sq"), "*fp64"),
     **dict.fromkeys(("fresh", "skip", "first", "candidates", "base"), "*u8"),
 }
 
@@ -53,17 +53,28 @@ def perturb(climb, w, scaled=False, masked=False, renormalises=False):
     return perturb_kernel, registers_for([w], climb == Climb.FILTER or renormalises, scaled, masked), constants
 
 
-def update(base, mix, w, cache=FP32, clips=False, scaling=UNSCALED):
-    together = (
-        common.REDUCE | common.FOLD | common.APPLY | common.SETTLE | (common.CLOSE if mix == Mix.DECOMPOSE else 0)
-    )
-    cache = FP64 if w == FP64 else cache
+def perturb_along_momentum(climb, w, known):
+    half = w.itemsize == 2
+    together = common.FOLD | common.APPLY | (0 if known else common.REDUCE) | (common.CLOSE if half else 0)
+    moments = FP32 if half else w
     constants = {
         "PHASES": int(together),
-        "FORM": form_of_update(base, MixOptions(mix), mix != Mix.REUSE, True, clips, scaling, mix != Mix.REUSE),
-        "TYPES": types_of(w, w, other=w if mix == Mix.DECOMPOSE else cache, cache=cache),
+        "FORM": form_of_climbs([ClimbGroup(climb, 0.1)], half, along_momentum=True, known=known),
+        "TYPES": types_of(w, moments),
     }
-    crowded = mix != Mix.GRADIENT or base != Base.SGD
+    return perturb_kernel, registers_for([w, moments], climb == Climb.FILTER), constants
+
+
+def update(base, mix, w, cache=FP32, clips=False, scaling=UNSCALED, tracks=False):
+    together = common.REDUCE | common.FOLD | common.APPLY | common.SETTLE | (common.CLOSE if mix.fills_cache else 0)
+    cache, looked = FP64 if w == FP64 else cache, not mix.adds_cache
+    options = MixOptions(mix, weights=torch.ones(()) if mix == Mix.ADD else None)
+    constants = {
+        "PHASES": int(together),
+        "FORM": form_of_update(base, options, looked, True, clips, scaling, looked, tracks),
+        "TYPES": types_of(w, w, other=cache if mix.adds_cache else w, cache=cache),
+    }
+    crowded = mix != Mix.GRADIENT or base != Base.SGD or tracks
     return update_kernel, registers_for([w], crowded, constants["FORM"].scaled), constants
 
 
@@ -120,7 +131,7 @@ def list_update(base, w):
         "PHASES": int(common.APPLY | adam),
         "FORM": form,
         "GIVEN": Given(True, True, True, True),
-        "TYPES": types_of(w, w, cache=w, state1=state, state2=state),
+        "TYPES": types_of(w, w, other=w, state1=state, state2=state),
     }
     return lists.update_list_kernel, registers_for([w], True), constants
 
@@ -152,6 +163,20 @@ VARIANTS = {
     },
     "update-SGD-REUSE-float32-clipped-bf16-cache": update(Base.SGD, Mix.REUSE, FP32, BF16, clips=True),
     "update-ADAM-DECOMPOSE-float32-bf16-cache": update(Base.ADAM, Mix.DECOMPOSE, FP32, BF16),
+    **{
+        f"update-SGD-{mix.name}-float32-clipped": update(Base.SGD, mix, FP32, clips=True)
+        for mix in (Mix.ADD, Mix.BLEND)
+    },
+    **{
+        f"update-{base.name}-GRADIENT-{name_of(w)}-tracked": update(base, Mix.GRADIENT, w, tracks=True)
+        for base in (Base.SGD, Base.ADAMW)
+        for w in (FP32, BF16, FP64)
+    },
+    **{f"perturb-{c.name}-bfloat16-momentum": perturb_along_momentum(c, BF16, False) for c in Climb},
+    **{
+        f"perturb-EUCLIDEAN-{name_of(w)}-momentum-known": perturb_along_momentum(Climb.EUCLIDEAN, w, True)
+        for w in (FP32, BF16)
+    },
     **{f"perturb-{c.name}-float32-scaled": perturb(c, FP32, True) for c in Climb},
     **{
         f"perturb-{c.name}-{name_of(w)}-masked{how}": perturb(c, w, False, True, bool(how))

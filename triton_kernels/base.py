@@ -108,25 +108,34 @@ def adam_options(tables, group, t, BASE: tl.constexpr, MATH: tl.constexpr):
 
 @triton.jit
 def sgd(x, u, m, j, mask, fresh, options, WITH_BUFFER: tl.constexpr, TYPES: tl.constexpr):
-    """``torch.optim.SGD``: ``d = u + wd w;  v = mu v + (1 - dampening) d;  w = w - lr v``, or ``w - lr (d + mu v)``."""
+    """``torch.optim.SGD``: ``d = u + wd w;  v = mu v + (1 - dampening) d;  w = w - lr v``, or ``w - lr (d + mu v)``.
+
+    Returns ``w``, and ``v`` as it was stored; nothing that counts if there is no buffer.
+    """
     lr, weight_decay, momentum, gain, nesterov = options
     d = u + weight_decay * x
+    stored = d
     if WITH_BUFFER:
         v = momentum * read(m + j, mask).to(TYPES.math) + gain * d
         v = tl.where(fresh, d, v)
-        tl.store(m + j, round_to(v, m.dtype.element_ty, TYPES), mask=mask)
+        stored = round_to(v, m.dtype.element_ty, TYPES)
+        tl.store(m + j, stored, mask=mask)
         d = tl.where(nesterov, d + momentum * v, v)
-    return x - lr * d
+    return x - lr * d, stored
 
 
 @triton.jit
 def adam(x, u, m, v, j, mask, options, TYPES: tl.constexpr):
-    """``torch.optim.Adam`` and ``AdamW``: ``w = decay w - step_size m / (sqrt(v) / bias2 + eps)``."""
+    """``torch.optim.Adam`` and ``AdamW``: ``w = decay w - step_size m / (sqrt(v) / bias2 + eps)``.
+
+    Returns ``w``, and ``m`` as it was stored.
+    """
     weight_decay, decay, gain1, beta2, gain2, step_size, bias2, eps = options
     d = u + weight_decay * x
     mean = read(m + j, mask).to(TYPES.math)
     mean = mean + gain1 * (d - mean)
     square = beta2 * read(v + j, mask).to(TYPES.math) + gain2 * d * d
-    tl.store(m + j, round_to(mean, m.dtype.element_ty, TYPES), mask=mask)
+    stored = round_to(mean, m.dtype.element_ty, TYPES)
+    tl.store(m + j, stored, mask=mask)
     tl.store(v + j, round_to(square, v.dtype.element_ty, TYPES), mask=mask)
-    return decay * x - div_rn(step_size * mean, div_rn(sqrt_rn(square), bias2) + eps)
+    return decay * x - div_rn(step_size * mean, div_rn(sqrt_rn(square), bias2) + eps), stored

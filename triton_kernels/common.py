@@ -59,11 +59,13 @@ GROUP, KIND, STEP_KIND, FIRST_CHUNK, FIRST_RUN = (constant(i) for i in range(5))
 N_PLACES = 5
 FP32, FP64 = constant(0), constant(1)  # kinds of numbers, by their math dtype
 
-# Rows of `partials` and `sums`, as csrc/plan.h. What a climb realised takes the first three after the norms are folded.
+# Rows of `partials` and `sums`, as csrc/plan.h. After the norms are folded, what a climb realised takes the first three,
+# and the squares of the first moments that an update writes take the first.
 AA, AB, BB, WW, TT, CC = (constant(i) for i in range(6))
 STEP_SIZE, BIAS2 = constant(6), constant(7)  # of `sums` only
 N_PARTIALS, N_SUMS = 6, 8
 MOVED_SQ, MOVED_EPS, EPS_SQ = AA, AB, BB
+MOMENTUM_SQ = AA
 
 # Entries of the report, as samkern/options.py.
 GRAD_NORM, SECOND_NORM, UPDATE_NORM, PERTURB_NORM = (constant(i) for i in range(4))
@@ -104,7 +106,7 @@ class Chunk(NamedTuple):
 class Types(NamedTuple):
     """What a kernel is compiled for by the dtypes of its operands. None: has no such operand.
 
-    ``other``: the second operand of the sums of a mix. ``state1``, ``state2``: moments, None: in ``math``. ``bits``: the
+    ``other``: what a mix projects on, subtracts or adds. ``state1``, ``state2``: moments, None: in ``math``. ``bits``: the
     integer type as wide as ``w``. ``block``: elements that a program has under way. ``soft_bf16``: see ``round_to``.
     """
 

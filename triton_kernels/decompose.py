@@ -1,4 +1,4 @@
-"""What a look leaves for the steps that reuse it: ``cache = g_s - k g``, and its norm."""
+"""What a look leaves for the steps that reuse it: ``cache = g_s - k g``, where a difference has ``k = 1``, and its norm."""
 
 import triton
 import triton.language as tl
@@ -28,7 +28,8 @@ from .common import (
 )
 from .reduce import fold_chunks
 
-# Scopes, as samkern/options.py.
+# A mix that fills the cache (the other is DIFFERENCE) and scopes, as samkern/options.py.
+DECOMPOSE = constant(1)
 GLOBAL, TENSOR = constant(0), constant(1)
 
 
@@ -84,34 +85,38 @@ def decompose_chunk(tables, chunk, aa, ab, FORM: tl.constexpr, TYPES: tl.constex
     """Fills the cache, or empties it where there is only a first gradient. Without either it keeps what it has."""
     t, lo, n = chunk.t, chunk.lo, chunk.n
     g, first, cache = entry(tables, GRAD, t), entry(tables, FIRST, t), entry(tables, CACHE, t)
-    if g != 0:
-        if FORM.scope == TENSOR:
-            aa, ab = read_sum(tables, AA, t), read_sum(tables, AB, t)
+    if (g != 0) & (cache != 0):
         inv = inverse_scale(tables, FORM.scaled)
-        k = tl.where(aa > 0, ab / aa, 0.0) * inv  # no tiny: it would swamp squared norms near 1e-12
+        k = inv
+        if FORM.mix == DECOMPOSE:
+            if FORM.scope == TENSOR:
+                aa, ab = read_sum(tables, AA, t), read_sum(tables, AB, t)
+            k = tl.where(aa > 0, ab / aa, 0.0) * inv  # no tiny: it would swamp squared norms near 1e-12
         if ((g | first | cache) & 15) == 0:
             cc = decompose_range(cache, g, first, lo, n, inv, k, TYPES.other, True, FORM.scaled, TYPES)
         else:
             cc = decompose_range(cache, g, first, lo, n, inv, k, TYPES.other, False, FORM.scaled, TYPES)
         write_partial(tables, CC, chunk, cc)
     else:
-        if (cache != 0) & (first != 0):
+        if (g == 0) & (cache != 0) & (first != 0):
             forget_range(cache, lo, n, TYPES)
 
 
 @triton.jit
-def settle_caches(tables, t, cache_norm, min_sine, skip, SCOPE: tl.constexpr):
+def settle_caches(tables, t, cache_norm, min_sine, skip, FORM: tl.constexpr):
     """Norms of the caches of tensors ``t``, which the next step reads, with their squares."""
-    there = t < tables.n_tensors
+    there, has_cache = t < tables.n_tensors, entries(tables, CACHE, t) != 0
     norm = tl.load(cache_norm + t, mask=there, other=0.0)
-    has_grad = entries(tables, GRAD, t) != 0
-    forgotten = (entries(tables, FIRST, t) != 0) & (entries(tables, CACHE, t) != 0)
-    cc = tl.where(has_grad, fold_chunks(tables, CC, t), tl.where(forgotten, 0.0, norm * norm))
+    written = (entries(tables, GRAD, t) != 0) & has_cache
+    forgotten = (entries(tables, FIRST, t) != 0) & has_cache
+    cc = tl.where(written, fold_chunks(tables, CC, t), tl.where(forgotten, 0.0, norm * norm))
     write_sums(tables, CC, t, cc)
-    if SCOPE == GLOBAL:
+    second_sq = tl.zeros_like(cc)
+    if FORM.mix == DECOMPOSE:  # of a difference nobody sums the second gradient
+        second_sq = tl.where(written, read_sums(tables, BB, t), second_sq)
+    if FORM.scope == GLOBAL:
         min_sine = min_sine * 0
-    kept = kept_cache_norm(cc, read_sums(tables, BB, t), min_sine)
-    tl.store(cache_norm + t, kept, mask=only_if(skip == 0, there))
+    tl.store(cache_norm + t, kept_cache_norm(cc, second_sq, min_sine), mask=only_if(skip == 0, there))
 
 
 @triton.jit
@@ -122,13 +127,14 @@ def kept_cache_norm(cc, second_sq, min_sine):
 
 
 @triton.jit
-def close_caches(tables, cache_norm, min_sine, SCOPE: tl.constexpr):
+def close_caches(tables, cache_norm, min_sine, FORM: tl.constexpr):
     """The norm over all caches."""
     cc, second_sq = tl.zeros((LANES,), tl.float64), tl.zeros((LANES,), tl.float64)
     for k in range(0, tables.n_tensors, LANES):
         t = k + tl.arange(0, LANES)
         cc += read_sums(tables, CC, t)
-        second_sq += read_sums(tables, BB, t)
-    if SCOPE == TENSOR:
+        if FORM.mix == DECOMPOSE:
+            second_sq += read_sums(tables, BB, t)
+    if FORM.scope == TENSOR:
         min_sine = min_sine * 0
     tl.store(cache_norm + tables.n_tensors, kept_cache_norm(tl.sum(cc, 0), tl.sum(second_sq, 0), min_sine))

@@ -43,9 +43,9 @@ def registers_for(
     """Registers a thread may use, so that nothing spills on sm_80 and sm_90.
 
     A cooperative launch must know how many programs are resident, and this says it: 4, 3 or 2 on a multiprocessor.
-    ``crowded``: scales by filter, a mix, or a base update other than SGD's. Those have more operands, and keep as many bytes
-    under way with fewer threads. ``scaled``: there may be a loss scale. ``masked``: there are masks, each entry's byte an
-    address of its own: too many beside those of half types.
+    ``crowded``: scales by filter, a mix, sums over moments, or a base update other than SGD's. Those have more operands, and
+    keep as many bytes under way with fewer threads. ``scaled``: there may be a loss scale. ``masked``: there are masks, each
+    entry's byte an address of its own: too many beside those of half types.
     """
     if crowded or (masked and any(dtype.itemsize == 2 for dtype in dtypes)):
         return 128

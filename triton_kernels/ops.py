@@ -32,7 +32,7 @@ from .masks import drop_grow_mask, fisher_accumulate, topk_mask
 from .perturb import ALONG, PER_ENTRY, PER_FILTER, SIGNS
 from .restore import restore_kernel
 from .tables import Slice
-from .update import Update
+from .update import NOTHING, Update
 
 __all__ = [
     "combine",
@@ -310,6 +310,7 @@ def _update(
         clips=clip is not None,
         hands_over=False,
         scaled=mixes,
+        added=int(common.CACHE if mixes else NOTHING),
     )
     given = Given(mixes, clip is not None, skip is not None, first is not None)
     a, b, factor = (on_device(x, device) if x is not None else numbers for x in (coeff_a, coeff_b, clip))
@@ -330,7 +331,7 @@ def _update(
             PHASES=phases,
             FORM=form,
             GIVEN=given,
-            TYPES=types_of(weights, gradient, cache=cached, state1=moment1, state2=moment2),
+            TYPES=types_of(weights, gradient, other=cached, state1=moment1, state2=moment2),
         )
 
     adam = int(common.FOLD) | int(common.SETTLE) if base != Base.SGD else 0

@@ -92,7 +92,7 @@ class Climbs(NamedTuple):
 
     Bits of ``needs`` and ``directions``: what occurs in the list. ``halves``: some weights are of a half type. ``scaled``:
     there may be a loss scale. ``masked``: some tensors have masks, and ``renormalises``: norm(T g) is that of what they let
-    through.
+    through. ``along_momentum``: directions are first moments, to move against, and ``known``: so are their sums of squares.
     """
 
     needs: int
@@ -101,6 +101,8 @@ class Climbs(NamedTuple):
     scaled: bool
     masked: bool = False
     renormalises: bool = False
+    along_momentum: bool = False
+    known: bool = False
 
 
 class Outcome(NamedTuple):
@@ -178,13 +180,20 @@ def reduce_run(
 
 
 @triton.jit
-def fold_tensors(tile, tables, run_partials, n_all_runs, FORM: tl.constexpr):
-    """Sums of some tensors from those of their chunks: norm(g)^2, norm(w)^2, and the tensor's share in norm(T g)^2."""
+def fold_tensors(tile, tables, run_partials, momentum_sq, n_all_runs, FORM: tl.constexpr):
+    """Sums of some tensors from those of their chunks: norm(g)^2, norm(w)^2, and the tensor's share in norm(T g)^2.
+
+    With ``known`` there has been no REDUCE, and T = 1.
+    """
     t = tile * FOLD_TENSORS + tl.arange(0, FOLD_TENSORS)
     option = tables.numbers + place(tables, GROUP, t) * N_OPTIONS
     climb, perturbs, eta = tl.load(option + CLIMB).to(tl.int32), tl.load(option + PERTURBS) > 0, tl.load(option + ETA)
     has_grad = entries(tables, FIRST, t) != 0
-    aa, ww, tt = fold_chunks(tables, AA, t), fold_chunks(tables, WW, t), fold_chunks(tables, TT, t)
+    if FORM.known:
+        aa = tl.load(momentum_sq + t, mask=t < tables.n_tensors, other=0.0)
+        ww, tt = tl.zeros_like(aa), aa
+    else:
+        aa, ww, tt = fold_chunks(tables, AA, t), fold_chunks(tables, WW, t), fold_chunks(tables, TT, t)
     if (FORM.directions >> PER_FILTER) & 1:
         by_filter = (climb == FILTER) & (entries(tables, FILTER_COUNT, t) > 0) & perturbs
         aa = tl.where(by_filter, fold_runs(run_partials, tables, t), aa)
@@ -305,6 +314,8 @@ def apply_chunk(tables, chunk, filter_squares, outcome, FORM: tl.constexpr, TYPE
     scale = climb_scale(climb, rho, eta, tl.load(option + TRUST_CLIP), ww, tt, outcome.norm)
     by_sign = (climb == SIGN) | (climb == LAYER_SIGN)
     scale = tl.where(by_sign, scale, scale * inverse_scale(tables, FORM.scaled))
+    if FORM.along_momentum:
+        scale = -scale
     moves = outcome.finite & (tl.abs(scale) < float("inf"))
     wanted = tl.where(by_sign, SIGNS, ALONG)
     wanted = tl.where(climb == ELEMENT, PER_ENTRY, tl.where(climb == FILTER, PER_FILTER, wanted))
@@ -331,9 +342,12 @@ def apply_chunk(tables, chunk, filter_squares, outcome, FORM: tl.constexpr, TYPE
 
 
 @triton.jit
-def report_climb(report, norm_sq, outcome):
+def report_climb(report, norm_sq, outcome, FORM: tl.constexpr):
     """All of the report: what a later half-step finds out is 0 until then."""
-    tl.store(report + GRAD_NORM, tl.sqrt(norm_sq))
+    grad_norm = tl.sqrt(norm_sq)
+    if FORM.along_momentum:
+        grad_norm = tl.full((), 0, tl.float64)
+    tl.store(report + GRAD_NORM, grad_norm)
     tl.store(report + SECOND_NORM, 0.0)
     tl.store(report + UPDATE_NORM, 0.0)
     tl.store(report + PERTURB_NORM, outcome.norm)
@@ -360,15 +374,15 @@ def report_realised(tables, report):
 
 @triton.jit(do_not_specialize=["n_tensors", "n_chunks", "n_all_chunks", "n_runs", "n_all_runs"])
 def perturb_kernel(
-    rows, places, chunks, runs, numbers, scalars, partials, run_partials, filter_squares, sums, report, sem,
+    rows, places, chunks, runs, numbers, scalars, partials, run_partials, filter_squares, sums, momentum_sq, report, sem,
     n_tensors, n_chunks, n_all_chunks, n_runs, n_all_runs,
     PHASES: tl.constexpr, FORM: tl.constexpr, TYPES: tl.constexpr,
 ):  # fmt: skip
     """Foret et al. 2021 (arXiv 2010.01412), eq. 2: ``saved = w; w += rho g / norm(g)``, and its relatives by mode.
 
-    Operands of a tensor: W (written), FIRST (the gradient), SAVED (written; 0: not perturbed), MASK (bits, 0: none).
-    ``FORM``: ``Climbs``. A norm that is not finite leaves ``w`` as it is. Writes all of ``report``. More than one phase in a
-    launch: cooperative.
+    Operands of a tensor: W (written), FIRST (the gradient, or the first moment), SAVED (written; 0: not perturbed), MASK
+    (bits, 0: none). ``FORM``: ``Climbs``; sums that are ``known`` are in ``momentum_sq``. A norm that is not finite leaves
+    ``w`` as it is. Writes all of ``report``. More than one phase in a launch: cooperative.
 
     Under a loss scale, sums are divided by it as they are folded: all that follows is as if ``g`` had been.
     """
@@ -384,13 +398,13 @@ def perturb_kernel(
     barrier_before(FOLD, PHASES, sem)
     if PHASES & FOLD:
         for tile in range(tl.program_id(0), tl.cdiv(n_tensors, FOLD_TENSORS), tl.num_programs(0)):
-            fold_tensors(tile, tables, run_partials, n_all_runs, FORM)
+            fold_tensors(tile, tables, run_partials, momentum_sq, n_all_runs, FORM)
     barrier_before(APPLY, PHASES, sem)
     if PHASES & APPLY:
         norm_sq, weighted_sq, finite = totals(tables)
         outcome = Outcome(tl.sqrt(weighted_sq), finite & (found_inf(tables, FORM.scaled) == 0))
         if tl.program_id(0) == 0:
-            report_climb(report, norm_sq, outcome)
+            report_climb(report, norm_sq, outcome, FORM)
         for k in range(begin, end):
             c = end - 1 - (k - begin)  # the gradients read last are still in L2
             apply_chunk(tables, locate(chunks, tables, n_chunks, c), filter_squares, outcome, FORM, TYPES)

@@ -8,7 +8,7 @@ cooperative launch per half-step. With several, every phase that touches element
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from .launch import check_device, registers_for, run, run_phases, types_of
 from .perturb import Climbs, perturb_kernel
 from .restore import restore_kernel
 from .tables import DeviceTables, Slice, laid_out_like, refuse_while_recording
-from .update import Update, update_kernel
+from .update import NOTHING, Update, update_kernel
 
 _NEEDS = {
     Climb.ELEMENT: reduce.WEIGHED,
@@ -37,12 +37,19 @@ _DIRECTIONS = {
 
 
 def form_of_climbs(
-    climbs: Sequence[ClimbGroup], halves: bool, scaled: bool = False, masked: bool = False, renormalises: bool = False
+    climbs: Sequence[ClimbGroup],
+    halves: bool,
+    scaled: bool = False,
+    masked: bool = False,
+    renormalises: bool = False,
+    along_momentum: bool = False,
+    known: bool = False,
 ) -> Climbs:
     """What occurs in a list. No option's value is in it: a radius that changes must not compile anything."""
     needs = {reduce.GRADIENT_ONLY, *(_NEEDS[group.climb] for group in climbs if group.climb in _NEEDS)}
     directions = {d for group in climbs for d in _DIRECTIONS.get(group.climb, (perturb.ALONG,))}
-    return Climbs(_bits(needs), _bits(directions), halves, scaled, masked, masked and renormalises)
+    renormalises = masked and renormalises
+    return Climbs(_bits(needs), _bits(directions), halves, scaled, masked, renormalises, along_momentum, known)
 
 
 def _bits(places: Iterable[Any]) -> int:
@@ -57,20 +64,26 @@ def form_of_update(
     clips: bool,
     scaling: Scaling = UNSCALED,
     restores: bool = False,
+    tracks: bool = False,
 ) -> Update:
     """The same for an update."""
-    changes = clips or mix.mix == Mix.REUSE or scaling.grad_scale is not None
+    added = common.CACHE if mix.mix.adds_cache else common.FIRST if mix.mix == Mix.BLEND else NOTHING
+    changes = clips or int(added) != int(NOTHING) or scaling.grad_scale is not None
     return Update(
         base=int(base),
         mix=int(mix.mix),
         scope=int(mix.scope),
-        summed=check or clips or mix.mix != Mix.GRADIENT,
+        summed=check or clips or mix.mix in (Mix.DECOMPOSE, Mix.REUSE),
         looked=looked,
         restores=restores,
         check=check,
         clips=clips,
         hands_over=base == Base.NONE and changes,
         scaled=_is_given(scaling),
+        fills=mix.mix.fills_cache,
+        added=int(added),
+        weighted=mix.weights is not None,
+        tracks=tracks and base != Base.NONE,
     )
 
 
@@ -96,6 +109,13 @@ class TritonPlan(ReferencePlan):
         # Made here: a step that fails while a graph is recorded is undone without uploading anything.
         self._slices_to_restore = self._tables.slices("restore", [(p.dtype,) for p in params])
         self._slots: dict[int, Tensor] = {}
+        # From the first climb along the momentum on, updates keep sums of squares of the moments that they write.
+        self._momentum_sq = torch.zeros(len(params), dtype=torch.float64, device=self._device)
+        self._climbs_along_momentum = False
+
+    def bind_state(self, state: Mapping[Any, Any], keys: Sequence[str]) -> None:
+        super().bind_state(state, keys)
+        self._known: set[int] = set()  # parameters for which _momentum_sq holds
 
     def perturb(
         self,
@@ -105,20 +125,45 @@ class TritonPlan(ReferencePlan):
         scaling: Scaling = UNSCALED,
         renormalise: bool = False,
     ) -> None:
+        grads = self._gradients()
+        self._run_climb(grads, climbs, report, scaling, renormalise)
+        self._first, self._gave_gradients = grads if keep else {}, True
+        for p in self._params:
+            p.grad = None
+
+    def perturb_along_momentum(self, climbs: Sequence[ClimbGroup], report: Tensor, renormalise: bool = False) -> None:
+        moments = self._first_moments()
+        plain = not renormalise and all(group.climb in (Climb.EUCLIDEAN, Climb.SIGN) for group in climbs)
+        known = plain and moments.keys() <= self._known
+        self._climbs_along_momentum = True
+        self._run_climb(moments, climbs, report, renormalise=renormalise, along_momentum=True, known=known)
+        if not known:
+            self._momentum_sq.copy_(self._tables.sums[int(common.AA)])
+            self._known = set(moments)
+
+    def _run_climb(
+        self,
+        directions: dict[int, Tensor],
+        climbs: Sequence[ClimbGroup],
+        report: Tensor,
+        scaling: Scaling = UNSCALED,
+        renormalise: bool = False,
+        along_momentum: bool = False,
+        known: bool = False,
+    ) -> None:
         tables = self._tables
         scalars = tables.scalars(
             "the climb", {**_step_scalars(scaling), "rho": [group.rho_on_device for group in climbs]}
         )
-        grads = self._gradients()
-        operands = {i: laid_out_like(grad, self._params[i]) for i, grad in grads.items()}
-        saved = self._room_for([i for i in grads if climbs[self._group[i]].perturbs])
+        operands = {i: laid_out_like(x, self._params[i]) for i, x in directions.items()}
+        saved = self._room_for([i for i in directions if climbs[self._group[i]].perturbs])
         self._bind_weights()
         tables.bind(common.FIRST, operands)
         tables.bind(common.SAVED, saved)
         tables.bind(common.MASK, self._mask)
         numbers = tables.numbers("the climb", [value for group in climbs for value in group.numbers])
         halves = any(p.element_size() == 2 for p in self._params)
-        form = form_of_climbs(climbs, halves, _is_given(scaling), bool(self._mask), renormalise)
+        form = form_of_climbs(climbs, halves, _is_given(scaling), bool(self._mask), renormalise, along_momentum, known)
         filters = any(group.climb == Climb.FILTER for group in climbs)
         squares = tables.filter_squares(filters)
 
@@ -129,7 +174,7 @@ class TritonPlan(ReferencePlan):
                 self._device,
                 [
                     *(tables.rows, tables.places, part.chunks, part.runs, numbers, scalars, tables.partials),
-                    *(tables.run_partials, squares, tables.sums, report, tables.sem),
+                    *(tables.run_partials, squares, tables.sums, self._momentum_sq, report, tables.sem),
                     *(len(self._params), n_chunks, tables.n_chunks, n_runs, tables.n_runs),
                 ],
                 max(n_chunks, n_runs),
@@ -139,13 +184,12 @@ class TritonPlan(ReferencePlan):
                 TYPES=types_of(*part.dtypes),
             )
 
-        phases = int(common.REDUCE) | int(common.FOLD) | int(common.APPLY) | (int(common.CLOSE) if halves else 0)
+        phases = int(common.FOLD) | int(common.APPLY)
+        phases |= (0 if known else int(common.REDUCE)) | (int(common.CLOSE) if halves else 0)
         slices = tables.slices("the climb", [(p.dtype, self._dtype(operands, i)) for i, p in enumerate(self._params)])
         run_phases(launch, slices, phases)
-        self._saved, self._first, self.perturbed = saved, grads if keep else {}, True
+        self._saved, self.perturbed = saved, True
         self._mark_written()
-        for p in self._params:
-            p.grad = None
 
     def update(
         self,
@@ -159,24 +203,29 @@ class TritonPlan(ReferencePlan):
         scaling: Scaling = UNSCALED,
     ) -> None:
         tables, n_groups = self._tables if looked else self._plain_tables(), max(self._group) + 1
-        form = form_of_update(base, mix, looked, check, max_grad_norm > 0, scaling, restores=self.perturbed)
+        form = form_of_update(
+            *(base, mix, looked, check, max_grad_norm > 0, scaling, self.perturbed, self._climbs_along_momentum)
+        )
         rates = [group.lr_on_device for group in groups] if groups else [None] * n_groups
         scalars = tables.scalars("the update", {**_step_scalars(scaling), "lr": rates})
         grads = self._written_gradients() if form.hands_over else self._gradients()
         operands = {i: laid_out_like(grad, self._params[i]) for i, grad in grads.items()}
-        decomposes, adam = mix.mix == Mix.DECOMPOSE, base in (Base.ADAM, Base.ADAMW)
-        first = {i: laid_out_like(grad, self._params[i]) for i, grad in self._first.items()} if decomposes else {}
-        cache = self._cache if mix.mix != Mix.GRADIENT else {}
+        reads_first, adam = form.fills or mix.mix == Mix.BLEND, base in (Base.ADAM, Base.ADAMW)
+        first = {i: laid_out_like(grad, self._params[i]) for i, grad in self._first.items()} if reads_first else {}
+        cache = self._cache if form.fills or mix.mix.adds_cache else {}
         # What this step does not read stays as it is: the next step will find it.
         tables.bind(common.W, dict(enumerate(self._params)))
         tables.bind(common.GRAD, operands)
-        if decomposes:
+        if reads_first:
             tables.bind(common.FIRST, first)
-        if mix.mix != Mix.GRADIENT:
+        if form.fills or mix.mix.adds_cache:
             tables.bind(common.CACHE, cache)
         self._bind_moments(tables, base, groups)
         kind = f"the update ({mix.mix.name.lower()})"
         numbers = tables.numbers(kind, _update_options(groups, mix, max_grad_norm, n_groups))
+        weights = self._weights(mix)
+
+        crowded = mix.mix != Mix.GRADIENT or base != Base.SGD or form.tracks
 
         def launch(part: Slice, phases: int) -> None:
             w, g, other, kept = part.dtypes
@@ -186,25 +235,27 @@ class TritonPlan(ReferencePlan):
                 self._device,
                 [
                     *(tables.rows, tables.places, part.chunks, numbers, scalars, tables.partials, tables.sums),
-                    *(self._cache_norm, self._fresh, self._skips, report, tables.sem),
+                    *(self._cache_norm, weights, self._fresh, self._momentum_sq, self._skips, report, tables.sem),
                     *(len(self._params), n_groups, n_chunks, tables.n_chunks),
                 ],
                 n_chunks,
-                registers_for(part.dtypes, mix.mix != Mix.GRADIENT or base != Base.SGD, form.scaled),
+                registers_for(part.dtypes, crowded, form.scaled),
                 PHASES=phases,
                 FORM=form,
                 TYPES=types_of(w, g, other=other, cache=kept),
             )
 
-        others = first if decomposes else cache
+        others = first if reads_first else cache
         combinations = [
             (p.dtype, self._dtype(operands, i), self._dtype(others, i), self._dtype(cache, i))
             for i, p in enumerate(self._params)
         ]
         phases = int(common.APPLY) | int(common.SETTLE)
         phases |= (int(common.REDUCE) if form.summed else 0) | (int(common.FOLD) if form.summed or adam else 0)
-        phases |= int(common.CLOSE) if decomposes else 0
+        phases |= int(common.CLOSE) if form.fills else 0
         run_phases(launch, tables.slices(kind, combinations), phases)
+        if base == Base.NONE:  # what steps instead changes the moments
+            self._known.clear()
         self._mark_written()
         self._finish()
 
@@ -253,6 +304,23 @@ class TritonPlan(ReferencePlan):
         tables.bind(common.STATE2, bound[1])
         tables.bind_steps(bound[2])
 
+    def _weights(self, mix: MixOptions) -> Tensor:
+        """Those of the mix, or a table that is not read."""
+        n, weights = len(self._params), mix.weights
+        if weights is None:
+            return self._momentum_sq
+        if (
+            weights.dtype != torch.float64
+            or weights.numel() != n
+            or not weights.is_contiguous()
+            or weights.device != self._device
+        ):
+            raise ValueError(
+                f"weights must be contiguous float64 with {n} entries on {self._device}, "
+                f"got {weights.dtype} {tuple(weights.shape)} on {weights.device}"
+            )
+        return weights
+
     def _room_for(self, chosen: list[int]) -> dict[int, Tensor]:
         """Where the saved weights go: one allocation for all that have no place yet, kept from step to step."""
         align, new = 64, [i for i in chosen if i not in self._slots]
@@ -289,6 +357,6 @@ def _update_options(groups: Sequence[BaseGroup], mix: MixOptions, max_grad_norm:
     values: list[float] = []
     for j in range(n_groups):
         values += groups[j].numbers if groups else BaseGroup(0.0).numbers
-        values.append(mix.alpha[j] if mix.mix == Mix.REUSE else 0.0)
+        values.append(mix.alpha[j] if mix.mix.adds_cache or mix.mix == Mix.BLEND else 0.0)
     step = [mix.min_sine, max_grad_norm]
     return values + step + [0.0] * (len(BaseGroup(0.0).numbers) + 1 - len(step))

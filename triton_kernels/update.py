@@ -34,6 +34,7 @@ from .common import (
     GROUP,
     KIND,
     LANES,
+    MOMENTUM_SQ,
     PERTURB_NORM,
     REALISED_NORM,
     REALISED_SHARE,
@@ -57,22 +58,24 @@ from .common import (
     group_of,
     inverse_scale,
     is_finite,
+    lane_sums,
     locate,
     only_if,
     place,
     read,
-    read_sum,
     read_sums,
     round_to,
     share,
+    write_partial,
     write_sums,
 )
-from .decompose import GLOBAL, TENSOR, close_caches, decompose_chunk, settle_caches
+from .decompose import DECOMPOSE, GLOBAL, close_caches, decompose_chunk, settle_caches
 from .reduce import GRADIENT_ONLY, fold_chunks, gradient_sums, pair_sums
 from .restore import restore_chunk
 
-# Mixes, as samkern/options.py.
-GRADIENT, DECOMPOSE, REUSE = (constant(i) for i in range(3))
+# Mixes that add to the gradient, as samkern/options.py, and the row of an operand that is not there.
+REUSE, ADD, BLEND = constant(2), constant(4), constant(5)
+NOTHING = constant(-1)
 
 # Columns of the row of options after the last group, which is the step's.
 MIN_SINE, MAX_GRAD_NORM = constant(0), constant(1)
@@ -84,7 +87,9 @@ class Update(NamedTuple):
 
     ``base``, ``mix``, ``scope``: as samkern/options.py. ``summed``: there is a REDUCE. ``looked``: a perturb wrote the rest of
     the report. ``restores``: there are saved weights. ``check``: a gradient that is not finite skips the step.
-    ``hands_over``: see the kernel. ``scaled``: there may be a loss scale.
+    ``hands_over``: see the kernel. ``scaled``: there may be a loss scale. ``fills``: the mix fills the cache. ``added``: row
+    of what it adds to the gradient, CACHE or FIRST. ``weighted``: ADD has weights. ``tracks``: sums of squares of first
+    moments are kept.
     """
 
     base: int
@@ -97,6 +102,10 @@ class Update(NamedTuple):
     clips: bool
     hands_over: bool
     scaled: bool
+    fills: bool = False
+    added: int = int(NOTHING)
+    weighted: bool = False
+    tracks: bool = False
 
 
 class Decision(NamedTuple):
@@ -109,8 +118,15 @@ class Decision(NamedTuple):
     skip: Any
 
 
+class Coefficients(NamedTuple):
+    """What a mix is computed from beside options and sums."""
+
+    cache_norm: Any
+    weights: Any
+
+
 class Factors(NamedTuple):
-    """``u = clip (a g + b cache)``, for one tensor. A factor that is not compiled in is 1."""
+    """``u = clip (a g + b added)``, for one tensor. A factor that is not compiled in is 1."""
 
     a: Any
     b: Any
@@ -119,7 +135,7 @@ class Factors(NamedTuple):
 
 @triton.jit
 def reduce_chunk(tables, chunk, FORM: tl.constexpr, TYPES: tl.constexpr):
-    """Sums over (first, grad) for a decomposition, over (grad, cache) where a clipped reuse needs them, else over grad."""
+    """Sums over (first, grad) for a decomposition, over (grad, added) where clipping needs them, else over grad."""
     g = entry(tables, GRAD, chunk.t)
     if FORM.mix == DECOMPOSE:
         first = entry(tables, FIRST, chunk.t)
@@ -128,13 +144,13 @@ def reduce_chunk(tables, chunk, FORM: tl.constexpr, TYPES: tl.constexpr):
                 pair_sums(tables, chunk, first, g, True, TYPES.other, TYPES.g, TYPES)
             else:
                 pair_sums(tables, chunk, first, g, False, TYPES.other, TYPES.g, TYPES)
-    elif FORM.mix == REUSE and FORM.clips:
-        cache = entry(tables, CACHE, chunk.t)
+    elif FORM.added != NOTHING and FORM.clips:
+        added = entry(tables, FORM.added, chunk.t)
         if g != 0:
-            if ((g | cache) & 15) == 0:
-                pair_sums(tables, chunk, g, cache, True, TYPES.g, TYPES.other, TYPES)
+            if ((g | added) & 15) == 0:
+                pair_sums(tables, chunk, g, added, True, TYPES.g, TYPES.other, TYPES)
             else:
-                pair_sums(tables, chunk, g, cache, False, TYPES.g, TYPES.other, TYPES)
+                pair_sums(tables, chunk, g, added, False, TYPES.g, TYPES.other, TYPES)
     else:
         eta = tl.full((), 0, TYPES.math)
         if g != 0:
@@ -154,9 +170,9 @@ def fold_tensors(tile, tables, FORM: tl.constexpr):
         if FORM.mix == DECOMPOSE:
             present = present | (entries(tables, FIRST, t) != 0)
         write_sums(tables, AA, t, tl.where(present, fold_chunks(tables, AA, t) * (inv * inv), 0.0))
-        if FORM.mix == DECOMPOSE or (FORM.mix == REUSE and FORM.clips):
+        if FORM.mix == DECOMPOSE or (FORM.added != NOTHING and FORM.clips):
             ab, bb = fold_chunks(tables, AB, t) * inv, fold_chunks(tables, BB, t)
-            if FORM.mix == DECOMPOSE:
+            if FORM.added != CACHE:
                 ab, bb = ab * inv, bb * (inv * inv)
             write_sums(tables, AB, t, tl.where(present, ab, 0.0))
             write_sums(tables, BB, t, tl.where(present, bb, 0.0))
@@ -206,80 +222,95 @@ def reuse_coeff(alpha, aa, cache_norm):
 
 
 @triton.jit
-def reused_norm_sq(tables, cache_norm, aa, SCOPE: tl.constexpr):
-    """Square of the norm of ``g + B c``, from sums that are there already."""
+def mix_coeffs(tables, t, coefficients, aa, FORM: tl.constexpr):
+    """``A`` and ``B`` in ``A g + B added`` for a tensor or a block of them, without a loss scale."""
+    there = t < tables.n_tensors
+    alpha = tl.load(tables.numbers + place(tables, GROUP, t) * N_OPTIONS + ALPHA)
+    one = tl.full(alpha.shape, 1, tl.float64)
+    if FORM.mix == BLEND:
+        return alpha, one - alpha
+    elif FORM.mix == ADD:
+        if FORM.weighted:
+            alpha = alpha * tl.load(coefficients.weights + t, mask=there, other=0.0)
+        return one, alpha
+    elif FORM.scope == GLOBAL:
+        return one, reuse_coeff(alpha, aa, tl.load(coefficients.cache_norm + tables.n_tensors))
+    else:
+        cache_norm = tl.load(coefficients.cache_norm + t, mask=there, other=0.0)
+        return one, reuse_coeff(alpha, read_sums(tables, AA, t), cache_norm)
+
+
+@triton.jit
+def mixed_norm_sq(tables, coefficients, aa, FORM: tl.constexpr):
+    """Square of the norm of ``A g + B added``, from sums that are there already."""
     total = tl.zeros((LANES,), tl.float64)
     for k in range(0, tables.n_tensors, LANES):
         t = k + tl.arange(0, LANES)
         has_grad = entries(tables, GRAD, t) != 0
-        alpha = tl.load(tables.numbers + place(tables, GROUP, t) * N_OPTIONS + ALPHA)
-        own = read_sums(tables, AA, t)
-        if SCOPE == GLOBAL:
-            coeff = reuse_coeff(alpha, aa, tl.load(cache_norm + tables.n_tensors))
-        else:
-            coeff = reuse_coeff(alpha, own, tl.load(cache_norm + t, mask=t < tables.n_tensors, other=0.0))
-        ab, bb = read_sums(tables, AB, t), read_sums(tables, BB, t)
-        total += tl.where(has_grad, own + coeff * (2 * ab + coeff * bb), 0.0)
+        a, b = mix_coeffs(tables, t, coefficients, aa, FORM)
+        own, ab, bb = read_sums(tables, AA, t), read_sums(tables, AB, t), read_sums(tables, BB, t)
+        total += tl.where(has_grad, a * a * own + b * (2 * a * ab + b * bb), 0.0)
     norm_sq = tl.sum(total, 0)
     return tl.where(norm_sq < 0, 0.0, norm_sq)
 
 
 @triton.jit
-def clipping(tables, step_options, cache_norm, decision, FORM: tl.constexpr):
+def clipping(tables, step_options, coefficients, decision, FORM: tl.constexpr):
     """The norm of what the base receives, 0 if nothing asks for it, and the factor that clips it."""
     norm, factor = tl.full((), 0, tl.float64), tl.full((), 1, tl.float64)
     if FORM.clips:
         norm = tl.sqrt(decision.grad_sq)
-        if FORM.mix == REUSE:
-            norm = tl.sqrt(reused_norm_sq(tables, cache_norm, decision.aa, FORM.scope))
+        if FORM.added != NOTHING:
+            norm = tl.sqrt(mixed_norm_sq(tables, coefficients, decision.aa, FORM))
         clip = tl.load(step_options + MAX_GRAD_NORM) / (norm + CLIP_TINY)
         factor = tl.where(clip < 1, clip, factor)
     return norm, factor
 
 
 @triton.jit
-def factors_of(tables, t, cache_norm, aa, clip, FORM: tl.constexpr):
-    """A gradient is unscaled by ``a`` where a cache is added to it, else along with the clipping."""
-    one, b, inv = tl.full((), 1, tl.float64), tl.full((), 0, tl.float64), inverse_scale(tables, FORM.scaled)
-    if FORM.mix == REUSE:
-        alpha = tl.load(tables.numbers + group_of(tables, t) * N_OPTIONS + ALPHA)
-        if FORM.scope == TENSOR:
-            b = reuse_coeff(alpha, read_sum(tables, AA, t), tl.load(cache_norm + t))
-        else:
-            b = reuse_coeff(alpha, aa, tl.load(cache_norm + tables.n_tensors))
-        has_cache = entry(tables, CACHE, t) != 0
-        return Factors(tl.where(has_cache, inv, one), b, tl.where(has_cache, clip, clip * inv))
+def factors_of(tables, t, coefficients, aa, clip, FORM: tl.constexpr):
+    """A gradient is unscaled by ``a`` where something is added to it, else along with the clipping."""
+    one, inv = tl.full((), 1, tl.float64), inverse_scale(tables, FORM.scaled)
+    if FORM.mix == BLEND:
+        a, b = mix_coeffs(tables, t, coefficients, aa, FORM)
+        return Factors(a * inv, b * inv, clip)
+    elif FORM.added != NOTHING:
+        _, b = mix_coeffs(tables, t, coefficients, aa, FORM)
+        is_mixed = entry(tables, FORM.added, t) != 0
+        return Factors(tl.where(is_mixed, inv, one), b, tl.where(is_mixed, clip, clip * inv))
     else:
-        return Factors(one, b, clip * inv)
+        return Factors(one, one, clip * inv)
 
 
 @triton.jit
 def update_block(
-    w, source, g, cache, m, v, has_cache, j, mask, factors, fresh, options,
+    w, source, g, added, m, v, has_added, j, mask, factors, fresh, options,
     FORM: tl.constexpr, WITH_BUFFER: tl.constexpr, TYPES: tl.constexpr,
 ):  # fmt: skip
-    """Mixes, clips and steps on one block."""
+    """Mixes, clips and steps on one block. Returns the first moments, if there are."""
     u = read(g + j, mask).to(TYPES.math)
-    if FORM.mix == REUSE:
+    if FORM.added != NOTHING:
         if mask is None:
-            inside = only_if(has_cache, tl.full((j.shape[0],), 1, tl.int1))
+            inside = only_if(has_added, tl.full((j.shape[0],), 1, tl.int1))
         else:
-            inside = only_if(has_cache, mask)
-        if FORM.scaled:
+            inside = only_if(has_added, mask)
+        if FORM.scaled or FORM.mix == BLEND:
             u = factors.a * u
-        u = tl.where(has_cache, u + factors.b * read(cache + j, inside).to(TYPES.math), u)
+        u = tl.where(has_added, u + factors.b * read(added + j, inside).to(TYPES.math), u)
     if FORM.clips or FORM.scaled:
         u = factors.clip * u
+    moments = u
     if FORM.base == NONE:
         if FORM.hands_over:
             tl.store(g + j, round_to(u, TYPES.g, TYPES), mask=mask)
     else:
         x = read(source + j, mask).to(TYPES.math)
         if FORM.base == SGD:
-            x = sgd(x, u, m, j, mask, fresh, options, WITH_BUFFER, TYPES)
+            x, moments = sgd(x, u, m, j, mask, fresh, options, WITH_BUFFER, TYPES)
         else:
-            x = adam(x, u, m, v, j, mask, options, TYPES)
+            x, moments = adam(x, u, m, v, j, mask, options, TYPES)
         tl.store(w + j, round_to(x, TYPES.w, TYPES), mask=mask)
+    return moments.to(TYPES.math)
 
 
 @triton.jit
@@ -287,11 +318,13 @@ def update_range(
     tables, chunk, factors, fresh,
     FORM: tl.constexpr, WITH_BUFFER: tl.constexpr, ALIGNED: tl.constexpr, TYPES: tl.constexpr,
 ):  # fmt: skip
-    """``update_block`` over a chunk."""
+    """``update_block`` over a chunk, and with ``tracks`` the sum of squares of its first moments."""
     t, lo, n = chunk.t, chunk.lo, chunk.n
     MATH: tl.constexpr = TYPES.math
-    w_address, cache_address = entry(tables, W, t), entry(tables, CACHE, t)
-    source = w_address
+    w_address = entry(tables, W, t)
+    source, added_address = w_address, w_address
+    if FORM.added != NOTHING:
+        added_address = entry(tables, FORM.added, t)
     if FORM.restores:
         saved = entry(tables, SAVED, t)
         source = tl.where(saved != 0, saved, w_address)
@@ -301,22 +334,34 @@ def update_range(
     STATE2_DT: tl.constexpr = MATH if TYPES.state2 is None else TYPES.state2
     m = elements(entry(tables, STATE1, t), lo, STATE1_DT, ALIGNED)
     v = elements(entry(tables, STATE2, t), lo, STATE2_DT, ALIGNED)
-    cache, has_cache = elements(cache_address, lo, TYPES.cache, ALIGNED), cache_address != 0
+    ADDED_DT: tl.constexpr = TYPES.w if TYPES.other is None else TYPES.other
+    added, has_added = elements(added_address, lo, ADDED_DT, ALIGNED), added_address != 0
     factors = Factors(factors.a.to(MATH), factors.b.to(MATH), factors.clip.to(MATH))
     group = group_of(tables, t)
     options = sgd_options(tables, group, MATH)
     if FORM.base >= ADAM:
         options = adam_options(tables, group, t, FORM.base, MATH)
     # With more operands fewer elements at once: 64 registers have to hold them.
-    MANY: tl.constexpr = FORM.base >= ADAM or FORM.mix == REUSE or (WITH_BUFFER and TYPES.w.primitive_bitwidth == 32)
+    MANY: tl.constexpr = (
+        FORM.base >= ADAM or FORM.added != NOTHING or (WITH_BUFFER and TYPES.w.primitive_bitwidth == 32)
+    )
     SIZE: tl.constexpr = TYPES.block // 2 if MANY else TYPES.block
+    TRACKED: tl.constexpr = FORM.tracks and (FORM.base >= ADAM or WITH_BUFFER)
+    LANE: tl.constexpr = 128 // TYPES.w.primitive_bitwidth
+    squares = tl.zeros((SIZE // LANE,), tl.float64)
     o = tl.arange(0, SIZE)
     for i in range(n // SIZE):
-        update_block(
-            w, source, g, cache, m, v, has_cache, i * SIZE + o, None, factors, fresh, options, FORM, WITH_BUFFER, TYPES
+        moments = update_block(
+            w, source, g, added, m, v, has_added, i * SIZE + o, None, factors, fresh, options, FORM, WITH_BUFFER, TYPES
         )
+        if TRACKED:
+            squares += lane_sums(moments, moments, LANE)
     j = n // SIZE * SIZE + o
-    update_block(w, source, g, cache, m, v, has_cache, j, j < n, factors, fresh, options, FORM, WITH_BUFFER, TYPES)
+    moments = update_block(
+        w, source, g, added, m, v, has_added, j, j < n, factors, fresh, options, FORM, WITH_BUFFER, TYPES
+    )
+    if TRACKED:  # entries beyond the end are zeros
+        write_partial(tables, MOMENTUM_SQ, chunk, tl.sum(squares + lane_sums(moments, moments, LANE), 0))
 
 
 @triton.jit
@@ -329,8 +374,8 @@ def update_chunk(tables, chunk, factors, fresh, FORM: tl.constexpr, TYPES: tl.co
         used = used | entry(tables, W, t)
         if FORM.restores:
             used = used | entry(tables, SAVED, t)
-    if FORM.mix == REUSE:
-        used = used | entry(tables, CACHE, t)
+    if FORM.added != NOTHING:
+        used = used | entry(tables, FORM.added, t)
     for with_buffer in tl.static_range(2):
         if with_buffer == 0 or FORM.base == SGD:
             if (FORM.base != SGD) | ((m != 0) == (with_buffer == 1)):
@@ -341,16 +386,19 @@ def update_chunk(tables, chunk, factors, fresh, FORM: tl.constexpr, TYPES: tl.co
 
 
 @triton.jit
-def settle_tensors(tile, tables, cache_norm, fresh, min_sine, skip, FORM: tl.constexpr):
-    """What APPLY read and the next step reads: Adam's steps, fresh buffers, and norms of caches."""
+def settle_tensors(tile, tables, cache_norm, fresh, momentum_sq, min_sine, skip, FORM: tl.constexpr):
+    """What APPLY read and the next step reads: Adam's steps, fresh buffers, and norms of caches and moments."""
     t = tile * FOLD_TENSORS + tl.arange(0, FOLD_TENSORS)
     changed = only_if(skip == 0, entries(tables, GRAD, t) != 0)
     if FORM.base == SGD:
         tl.store(fresh + t, tl.zeros((FOLD_TENSORS,), tl.uint8), mask=changed)
     if FORM.base >= ADAM:
         advance_step(tables, t, changed)
-    if FORM.mix == DECOMPOSE:
-        settle_caches(tables, t, cache_norm, min_sine, skip, FORM.scope)
+    if FORM.tracks:
+        moved = changed & (entries(tables, STATE1, t) != 0)
+        tl.store(momentum_sq + t, fold_chunks(tables, MOMENTUM_SQ, t), mask=moved)
+    if FORM.fills:
+        settle_caches(tables, t, cache_norm, min_sine, skip, FORM)
 
 
 @triton.jit
@@ -373,15 +421,17 @@ def write_report(report, finite, norm, norm_of_u, LOOKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_tensors", "n_groups", "n_chunks", "n_all_chunks"])
 def update_kernel(
-    rows, places, chunks, numbers, scalars, partials, sums, cache_norm, fresh, skips, report, sem,
+    rows, places, chunks, numbers, scalars, partials, sums, cache_norm, weights, fresh, momentum_sq, skips, report, sem,
     n_tensors, n_groups, n_chunks, n_all_chunks,
     PHASES: tl.constexpr, FORM: tl.constexpr, TYPES: tl.constexpr,
 ):  # fmt: skip
-    """``w = base(saved, clip * u)`` with ``u = grad``, or ``grad + B cache`` (REUSE); ``cache = grad - k first`` (DECOMPOSE).
+    """``w = base(saved, clip * u)`` with ``u = grad``, ``grad + B cache`` (REUSE, ADD) or ``A grad + B first`` (BLEND); and
+    ``cache = grad - k first`` (DECOMPOSE, DIFFERENCE).
 
     Operands of a tensor: W (written), GRAD (0: only restored), SAVED (0: was not perturbed), FIRST or CACHE by the mix,
     STATE1, STATE2, STEP by the base. ``FORM``: ``Update``. Its base NONE restores, and with ``hands_over`` writes
-    ``clip * u`` to GRAD. A flag in ``report``, or with ``check`` a gradient that is not finite, leaves everything but the
+    ``clip * u`` to GRAD. ``weights``: of ADD, per tensor. ``momentum_sq``: with ``tracks``, the sum of squares of each
+    STATE1 that is written. A flag in ``report``, or with ``check`` a gradient that is not finite, leaves everything but the
     restored ``w`` as it is. More than one phase in a launch: cooperative.
 
     Under a loss scale, sums are divided by it as they are folded, and factors carry it into the products of APPLY: all is
@@ -389,7 +439,7 @@ def update_kernel(
     """
     tables = Tables(rows, places, numbers, scalars, partials, sums, n_tensors, n_all_chunks)
     begin, end = share(n_chunks)
-    step_options = numbers + n_groups * N_OPTIONS
+    step_options, coefficients = numbers + n_groups * N_OPTIONS, Coefficients(cache_norm, weights)
     if PHASES & REDUCE:
         for c in range(begin, end):
             reduce_chunk(tables, locate(chunks, tables, n_chunks, c), FORM, TYPES)
@@ -401,10 +451,10 @@ def update_kernel(
     if PHASES & (APPLY | SETTLE | CLOSE):
         decision = decide(tables, report, FORM)
     if PHASES & APPLY:
-        norm_of_u, clip = clipping(tables, step_options, cache_norm, decision, FORM)
+        norm_of_u, clip = clipping(tables, step_options, coefficients, decision, FORM)
         if tl.program_id(0) == 0:
             write_report(report, decision.finite, tl.sqrt(decision.grad_sq), norm_of_u, FORM.looked)
-        if FORM.mix == DECOMPOSE:
+        if FORM.fills:
             # A loop of its own: all operands at once do not fit into 64 registers.
             for k in range(begin, tl.where(decision.skip, begin, end)):
                 chunk = locate(chunks, tables, n_chunks, end - 1 - (k - begin))
@@ -412,7 +462,7 @@ def update_kernel(
         for k in range(begin, end):
             # There and back again: what was read last is still in L2.
             c = end - 1 - (k - begin)
-            if FORM.mix == DECOMPOSE:
+            if FORM.fills:
                 c = k
             chunk = locate(chunks, tables, n_chunks, c)
             only_restored = decision.skip | (entry(tables, GRAD, chunk.t) == 0)
@@ -421,7 +471,7 @@ def update_kernel(
                     restore_chunk(tables, chunk, TYPES)
             if FORM.base != NONE or FORM.hands_over:
                 if only_restored == 0:
-                    factors = factors_of(tables, chunk.t, cache_norm, decision.aa, clip, FORM)
+                    factors = factors_of(tables, chunk.t, coefficients, decision.aa, clip, FORM)
                     update_chunk(tables, chunk, factors, tl.load(fresh + chunk.t) != 0, FORM, TYPES)
     barrier_before(SETTLE, PHASES, sem)
     if PHASES & SETTLE:
@@ -429,9 +479,9 @@ def update_kernel(
         if tl.program_id(0) == 0:
             tl.store(skips, tl.load(skips) + decision.skip.to(tl.int64))
         for tile in range(tl.program_id(0), tl.cdiv(n_tensors, FOLD_TENSORS), tl.num_programs(0)):
-            settle_tensors(tile, tables, cache_norm, fresh, min_sine, decision.skip, FORM)
-    if FORM.mix == DECOMPOSE:
+            settle_tensors(tile, tables, cache_norm, fresh, momentum_sq, min_sine, decision.skip, FORM)
+    if FORM.fills:
         barrier_before(CLOSE, PHASES, sem)
         if PHASES & CLOSE:
             if (tl.program_id(0) == 0) & (decision.skip == 0):
-                close_caches(tables, cache_norm, tl.load(step_options + MIN_SINE), FORM.scope)
+                close_caches(tables, cache_norm, tl.load(step_options + MIN_SINE), FORM)

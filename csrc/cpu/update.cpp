@@ -263,6 +263,7 @@ void fold_cache(const PlanView& plan, const double* cache_norm) {
 void keep_cache_norms(const PlanView& plan, const MixOptions& mix) {
   const double *cc = plan.sums_of(kCC), *second_sq = plan.sums_of(kBB);
   for (int32_t t = 0; t <= plan.n_tensors; ++t) {
+    if (t < plan.n_tensors && plan.cache[t].address == nullptr) continue;  // what it keeps stays
     const bool scoped = (mix.scope == Scope::kGlobal) == (t == plan.n_tensors);
     const bool judged = scoped && mix.mix == Mix::kDecompose;  // else there is no sum over the second gradient
     mix.cache_norm[t] = scalars::kept_cache_norm(cc[t], judged ? second_sq[t] : 0, judged ? mix.min_sine : 0);
@@ -294,7 +295,7 @@ void mix_coeffs(const PlanView& plan, const UpdateOptions& options) {
   double *project = plan.coeffs_of(kProject), *a = plan.coeffs_of(kMixA), *b = plan.coeffs_of(kMixB);
   for (int32_t t = 0; t < all; ++t) {
     const int32_t scope = mix.scope == Scope::kGlobal ? all : t;
-    const double alpha = options.groups != nullptr ? options.groups[plan.group[t]].alpha : 0;
+    const double alpha = options.n_groups > 0 ? options.groups[plan.group[t]].alpha : 0;
     a[t] = inverse;
     switch (mix.mix) {
       case Mix::kDecompose: project[t] = scalars::over_squared(ab[scope], aa[scope]) * inverse; break;

@@ -425,8 +425,9 @@ SAMKERN_COLD void keep_cache_norms(const UpdateArgs& args) {
     total[0] += cc[t];
     if (norm == nullptr) continue;
     const double second_sq = judges ? device::read_shared(plan.sums_of(kBB) + t) : 0;
-    norm[t] = scalars::kept_cache_norm(cc[t], second_sq, args.mix.scope == Scope::kTensor ? args.mix.min_sine : 0);
     total[1] += second_sq;
+    if (plan.cache[t].address == nullptr) continue;  // what it keeps stays
+    norm[t] = scalars::kept_cache_norm(cc[t], second_sq, args.mix.scope == Scope::kTensor ? args.mix.min_sine : 0);
   }
   block_sum(total);
   if (device::thread() != 0) return;
