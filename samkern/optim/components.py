@@ -84,7 +84,9 @@ class Components:
             return everything
         if not all(map(math.isfinite, self._norm_now.values())):
             return set()  # the step will be skipped
-        return {k for k in everything if self._is_due(k, t)}
+        # A pass for what has no gradient now might have nothing to differentiate.
+        reached = {k for k, p in zip(component, params, strict=True) if p.grad is not None}
+        return {k for k in everything & reached if self._is_due(k, t)}
 
     def _is_due(self, k: int, t: int) -> bool:
         last = self.sampled_at.get(k)

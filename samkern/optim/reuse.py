@@ -164,7 +164,7 @@ class Difference(Reuse):
             each module that owns parameters (needs ``model=``). Or lists of parameters; what is not named is one more.
         max_component_age: a look samples components whose last sample is so many steps ago, and those never sampled,
         change_tol: and those whose gradient norm has changed by more than this share since then (None: no test, and no
-            host read). If there is none, the step does not look.
+            host read), if they have a gradient. If there is none, the step does not look.
         warmup_steps: before this step, looks sample everything.
 
     With a model that ``DistributedDataParallel`` wraps, looks sample everything: its reducer waits for every gradient. Under
@@ -268,7 +268,8 @@ class Difference(Reuse):
     def _weights(self, t: int, groups: Sequence[Mapping[str, Any]]) -> list[float]:
         """``beta^age`` of every parameter."""
         betas = [group["beta"] for group in groups for _ in group["params"]]
-        return [self._weight(t, k, beta) for k, beta in zip(self._component, betas, strict=True)]
+        new = [-1] * (len(betas) - len(self._component))  # since the last look: there is nothing of them
+        return [self._weight(t, k, beta) for k, beta in zip(self._component + new, betas, strict=True)]
 
     def _weight(self, t: int, component: int, beta: float) -> float:
         last = self._components.sampled_at.get(component)
