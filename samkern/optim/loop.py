@@ -337,7 +337,7 @@ class StepLoop(OptimizerAround):
         self.evaluations += record.evaluations
         self.last_step = record
         if self.reuse is not None:
-            self.reuse.settle(t, record.looked)
+            self.reuse.settle(t, record.looked, lambda: record.was_skipped)
         if self.learned is not None:
             self.learned.settle(t, record.looked)
         change = lambda: self._change.squares(record.report)  # noqa: E731

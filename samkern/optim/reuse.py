@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -68,8 +68,8 @@ class Reuse:
     def fill_in(self, looking: Looking, groups: Sequence[Mapping[str, Any]], until_done: contextlib.ExitStack) -> None:
         """After the second pass: gradients of what was not sampled."""
 
-    def settle(self, t: int, looked: bool) -> None:
-        """Step ``t`` is done."""
+    def settle(self, t: int, looked: bool, skipped: Callable[[], Tensor]) -> None:
+        """Step ``t`` is done. ``skipped()``: a 0-d bool on the device."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint has of it, beside the cache."""
@@ -277,9 +277,9 @@ class Difference(Reuse):
         oldest = math.inf if self.max_age is None else self.max_age
         return float(beta**age) if last is not None and age <= oldest else 0.0
 
-    def settle(self, t: int, looked: bool) -> None:
+    def settle(self, t: int, looked: bool, skipped: Callable[[], Tensor]) -> None:
         if looked:
-            self._components.settle(t, self._sampled)
+            self._components.settle(t, self._sampled, skipped())
 
     def state(self) -> dict[str, Any]:
         return {**self._components.state(), "component": self._component}
