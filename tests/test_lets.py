@@ -218,8 +218,9 @@ def test_every_group_has_its_learning_rate(as_tensor, backend):
 
     def closure_of(value):
         def closure():
+            entry = value or next(rows)
             for p in w:
-                p.grad = torch.full_like(p, value or next(rows))
+                p.grad = torch.full_like(p, entry)
             return value or 0.0
 
         return closure
