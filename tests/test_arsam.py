@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 import samkern
-from samkern.optim import Budget, Decision, Difference, Euclidean, EveryK, Now, SharpnessAware
-from samkern.optim.schedule import Outcome
+from samkern.optim import Budget, Decision, Difference, Euclidean, EveryK, Now, Outcome, SharpnessAware
 
 from .choices import HostReads, beside_its_oracle, disturbed, gentle, n_steps, three_groups
 from .lists import FP32, affordable, same_bits
@@ -322,6 +321,32 @@ def test_a_bf16_cache(backend):
         ends.append(flat(net))
     start_of_both = flat(make_net(FP32))
     assert 0 < (ends[0] - ends[1]).norm() < 2**-8 * (ends[0] - start_of_both).norm()
+
+
+@pytest.mark.parametrize("parts", [None, "tensor"])
+def test_under_a_loss_scale_it_is_the_same(parts, backend):
+    """Bitwise: differences, samples and norms are without it. A step that found an overflow is skipped."""
+    ends = []
+    for scale in (1.0, 4096.0):
+        net = make_net(FP32)
+        opt = make(net, gentle("momentum"), **{**PARTS, "components": parts, "window": 4}, backend=backend)
+        opt.grad_scale = torch.tensor(scale)
+        for t in range(affordable(backend, 16, 8)):
+            closure = closure_for(net, t, opt.zero_grad, FP32)
+
+            def scaled(closure=closure, scale=scale, net=net):
+                loss = closure()
+                for p in net.parameters():
+                    if p.grad is not None:
+                        p.grad *= scale
+                return loss
+
+            opt.found_inf = torch.tensor(float(t == 6))
+            opt.step(scaled)
+        assert opt.skips == 1
+        ends.append((weights(net), str(opt.state_dict()["samkern"])))
+    assert same_bits(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
 
 
 # ---- parts

@@ -402,8 +402,12 @@ def test_how_it_must_be_called(backend):
         opt.step([closure, closure], val_closure=closure)
     with pytest.raises(ValueError, match="val_closure is for a learned radius"):
         samkern.SAM([p], SGD, lr=0.1, backend=backend).step(closure, val_closure=closure)
+    with pytest.raises(TypeError, match="val_closure must be a function, got 3"):
+        opt.step(closure, val_closure=3)
     assert p.eq(1).all()
     assert opt.evaluations == 0
+    opt.step([closure], val_closure=closure)  # one part is the whole
+    assert opt.evaluations == 2
     assert samkern.SAM([p], SGD, 0.3, lr=0.1).radius == 0.3
 
 

@@ -275,6 +275,17 @@ def test_a_block_that_cannot_begin_leaves_the_optimizer_idle(backend):
     assert not same_bits(weights(net), before)
 
 
+def test_a_base_that_is_no_longer_fused_is_refused(backend):
+    """Its momentum is then not at hand: without an error the pass would be taken at w."""
+    net = make_net()
+    opt = make(net.parameters(), backend=backend)
+    train(net, opt, range(2))
+    opt.base.register_step_post_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="of a fused SGD, Adam or AdamW: hooks on the step of SGD must run"):
+        train(net, opt, [2])
+    opt.require_idle("another try")
+
+
 def test_how_it_must_be_called(backend):
     net = make_net()
     opt = make(net.parameters(), backend=backend)

@@ -213,6 +213,16 @@ def test_calls_and_losses(backend):
     assert opt.step([closure_for(net, 0, opt.zero_grad), lambda: None]) is None
 
 
+def test_hooks_run_once_a_step(backend):
+    p, seen = nn.Parameter(torch.ones(3)), []
+    opt = samkern.SAM([p], SGD, lr=0.1, backend=backend)
+    opt.register_step_post_hook(lambda *_: seen.append(1))
+    closure = lambda: setattr(p, "grad", torch.ones(3))  # noqa: E731
+    for n in (1, 3):
+        opt.step([closure] * n)
+    assert seen == [1, 1]
+
+
 @pytest.mark.parametrize("share", [True, False])
 def test_random_numbers_are_shared_by_the_passes_of_a_part(share, backend):
     p, drawn = nn.Parameter(torch.ones(3)), []

@@ -21,10 +21,10 @@ from samkern.optim import (
     EveryK,
     GradientNorm,
     Now,
+    Outcome,
     Schedule,
     SharpnessAware,
 )
-from samkern.optim.schedule import Outcome
 
 from .lists import affordable, same_bits
 from .methods import BASES, MOMENTUM

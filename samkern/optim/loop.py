@@ -98,8 +98,9 @@ class StepLoop(OptimizerAround):
         if closure is None:
             return self._step_after_pass()
         if not callable(closure):
-            closures = list(closure)
-            return self._step_of_parts(closures) if len(closures) > 1 else self.step(closures[0])
+            if len(closure) > 1:
+                return self._step_of_parts(list(closure))
+            (closure,) = closure
         if self.perturbation.before_pass:
             return self._step_before_pass(closure)
         loss = self._step_of_one(closure)
@@ -293,7 +294,7 @@ class StepLoop(OptimizerAround):
         self._pending = record = self._begin()
         if record.looked:
             climbs, renormalise = self._climbs()
-            fit.check_momentum(self.base, climbs)
+            fit.check_momentum(self, climbs)
             self._keeper.prepare(self._keeper.plan(), with_cache=False)
             self._keeper.plan().perturb_along_momentum(climbs, record.report, renormalise)
 
