@@ -20,7 +20,15 @@ BUILT = [name for name, backend in samkern.backends().items() if backend.availab
 # Without a GPU its kernels run on the CPU, thread by thread. Triton's run in its interpreter if TRITON_INTERPRET=1.
 EMULATED = "cuda" not in BUILT and not emulator.why_not()
 AVAILABLE = [*BUILT, *(["cuda"] if EMULATED else [])]
-ABOVE_THE_PLAN = ("test_ssam.py", "test_schedules.py")
+ABOVE_THE_PLAN = (
+    "test_ssam.py",
+    "test_schedules.py",
+    "test_arsam.py",
+    "test_lets.py",
+    "test_msam.py",
+    "test_parts.py",
+    "test_choices.py",
+)
 _taken = collections.Counter()  # tests by backend
 
 if ON_GPU:  # many tests compare whole trainings bit by bit

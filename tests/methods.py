@@ -12,7 +12,7 @@ import torch
 
 import samkern
 
-from .oracles import bases, looksam, sam, ssam
+from .oracles import arsam, bases, looksam, sam, schedules, ssam
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class OwnStepSGD(torch.optim.SGD):
     """A base that samkern does not know: it must run its own ``step``."""
 
 
+# Windows of three steps with one look, which this seed puts on the first step of the first seven.
+ONE_OF_THREE = {"window": 3, "max_rate": 1 / 3, "warmup_steps": 0, "seed": 2442}
 MASKED = {"rho": 0.1, "sparsity": 0.4, "refresh_interval": 3}
 METHODS = [
     Method("SAM", samkern.SAM, sam.SAM, {"rho": 0.1}),
@@ -73,6 +75,8 @@ METHODS = [
     ),
     Method("SSAMF_batch", samkern.SSAMF, ssam.SSAMF, {"fisher": "batch", "fisher_every": 2, **MASKED}),
     Method("SSAMD", samkern.SSAMD, ssam.SSAMD, {"total_steps": 12, "regrow": False, "renormalise": True, **MASKED}),
+    Method("GRST", samkern.GRST, schedules.GRST, {"rho": 0.1, "p": 1.0, "gamma": 2.0}),
+    Method("ARSAM", samkern.ARSAM, arsam.ARSAM, {"rho": 0.1, **ONE_OF_THREE}, looks_every=3, caches=True),
 ]
 BASES = [
     Base("SGD", torch.optim.SGD, bases.Sgd, {"lr": 0.1}),

@@ -1,4 +1,4 @@
-"""RST, AE-SAM, AE-LookSAM: which steps look, against oracles of the whole methods, and what the decisions survive."""
+"""RST, G-RST, AE-SAM, AE-LookSAM: which steps look, against oracles of the whole methods, and what the decisions survive."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from torch import nn
 import samkern
 from samkern.optim import (
     Bernoulli,
+    Blend,
     Decision,
     DynamicMask,
     EveryK,
     GradientNorm,
     Now,
+    Outcome,
     Schedule,
     SharpnessAware,
 )
@@ -32,6 +34,12 @@ METHODS = {
     "RST": (samkern.RST, schedules.RST, {"p": 0.4, "seed": 3}),
     "RST_falling": (samkern.RST, schedules.RST, {"schedule": "cosine-down", "total_steps": 15}),
     "RST_rising": (samkern.RST, schedules.RST, {"schedule": "linear-up", "total_steps": 15}),
+    "GRST": (samkern.GRST, schedules.GRST, {"p": 0.4, "seed": 3, "gamma": 2.5}),
+    "GRST_match": (
+        samkern.GRST,
+        schedules.GRST,
+        {"schedule": "linear-up", "total_steps": 15, "gamma": "match", "gamma_max": 3.0},
+    ),
     "AESAM": (samkern.AESAM, schedules.AESAM, {"total_steps": 15}),
     **{
         f"AELookSAM_{rule}": (samkern.AELookSAM, schedules.AELookSAM, {"total_steps": 15, "rule": rule, "k": 3})
@@ -45,6 +53,10 @@ NUMBERS = {"rho": 0.1}
 def make(name, params, base=MOMENTUM, **options):
     cls, _, own = METHODS[name]
     return cls(params, base.cls, **{**base.options, **NUMBERS, **own, **options})
+
+
+def grst(**options):
+    return samkern.GRST([nn.Parameter(torch.ones(1))], torch.optim.SGD, lr=0.1, **options)
 
 
 def constant(value):
@@ -77,11 +89,17 @@ def test_equals_oracle(name, base, backend):
 
 
 def test_ends_of_the_range_are_other_methods(backend):
-    """p = 1, or a threshold that always fires: SAM. p = 0: the base. R1 that always fires: LookSAM. Bitwise."""
+    """p = 1, or a threshold that always fires: SAM. p or gamma = 0: the base. R1 that always fires: LookSAM. Bitwise."""
     always = {"lambda1": -4.0, "lambda2": -4.0, "total_steps": 10}
     pairs = [
         (lambda p: samkern.RST(p, torch.optim.SGD, lr=0.1, p=1.0, backend=backend), samkern.SAM, {}),
         (lambda p: samkern.RST(p, torch.optim.SGD, lr=0.1, p=0.0, backend=backend), samkern.SAM, {"rho": 0.0}),
+        (lambda p: samkern.GRST(p, torch.optim.SGD, lr=0.1, p=1.0, gamma=1.0, backend=backend), samkern.SAM, {}),
+        (
+            lambda p: samkern.GRST(p, torch.optim.SGD, lr=0.1, p=0.5, gamma=0.0, backend=backend),
+            samkern.SAM,
+            {"rho": 0.0},
+        ),
         (lambda p: samkern.AESAM(p, torch.optim.SGD, lr=0.1, **always, backend=backend), samkern.SAM, {}),
         (lambda p: samkern.AELookSAM(p, torch.optim.SGD, lr=0.1, **always, backend=backend), samkern.LookSAM, {}),
         (
@@ -145,9 +163,53 @@ def test_the_rate_is_p_and_no_step_depends_on_another():
 
 
 def test_four_processes_decide_alike():
-    code = "from samkern.optim import Bernoulli; print([Bernoulli(p=0.4, seed=2**40 + 5).look(t) for t in range(64)])"
-    runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    assert len({run.communicate()[0] for run in runs}) == 1
+    """Whatever their global generators have drawn before."""
+    code = """
+import sys, torch
+from samkern.optim import Bernoulli, Budget, Now
+torch.manual_seed(int(sys.argv[1]))
+budget = Budget(window=8, warmup_steps=0, seed=2**40 + 5)
+budget.looks_per_window = 3.0
+print([Bernoulli(p=0.4, seed=2**40 + 5).look(t) for t in range(64)], [budget.decide(Now(t, None)) for t in range(64)])
+"""
+    command = [sys.executable, "-c", code]
+    runs = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True) for i in range(4)]
+    outputs = [run.communicate()[0] for run in runs]
+    assert len(set(outputs)) == 1
+    assert outputs[0].count("Decision.LOOK") == 3 + 7 * 3
+
+
+def test_the_rate_of_a_training(backend):
+    """What is spent on it is what was drawn, and within four standard deviations of (1 + p) n."""
+    w, n = nn.Parameter(torch.ones(1)), affordable(backend, 400, 30)
+    opt = samkern.RST([w], torch.optim.SGD, lr=0.0, p=0.3, seed=5, backend=backend)
+    for _ in range(n):
+        opt.step(lambda: setattr(w, "grad", torch.ones(1)))
+    looks = opt.evaluations - n
+    assert looks == sum(Bernoulli(p=0.3, seed=5).look(t) for t in range(n))
+    assert abs(looks - 0.3 * n) < 4 * math.sqrt(n * 0.3 * 0.7)
+
+
+def test_a_blend_has_the_strength_of_sam_on_average(backend):
+    """A quadratic: g = w, g_s = w + rho w / |w|. Over many steps of lr = 0, the mean of u is g_s if gamma = 1 / p."""
+    w, n = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64)), affordable(backend, 400, 30)
+    opt = samkern.GRST([w], RecordedSGD, 1.0, lr=0.0, p=0.25, gamma="match", backend=backend)
+    opt.base.seen = []
+    for _ in range(n):
+        opt.step(lambda: setattr(w, "grad", w.detach().clone()))
+    u = torch.stack(opt.base.seen)
+    looked = u[:, 0] > 3
+    assert torch.allclose(u[looked], torch.tensor([3 + 4 * 0.6, 4 + 4 * 0.8], dtype=torch.float64))
+    assert torch.equal(u[~looked], torch.tensor([3.0, 4.0], dtype=torch.float64).expand_as(u[~looked]))
+    error = 4 * math.sqrt(0.25 * 0.75 / n) * 4 * 0.6
+    assert abs(float(u.mean(0)[0]) - 3.6) < error
+
+
+class RecordedSGD(torch.optim.SGD):
+    """Keeps what it was given."""
+
+    def step(self, closure=None):
+        self.seen.append(self.param_groups[0]["params"][0].grad.clone())
 
 
 def test_global_random_numbers_are_left_alone(backend):
@@ -164,7 +226,7 @@ def decisions(schedule, norms):
     taken = []
     for t, x in enumerate(norms):
         taken.append(schedule.decide(Now(t, lambda x=x: torch.tensor(x, dtype=torch.float64))))
-        schedule.settle(lambda: torch.tensor(False))
+        schedule.settle(Outcome(taken[-1] == Decision.LOOK, lambda: torch.tensor(False), None))
     return taken
 
 
@@ -305,6 +367,13 @@ def test_a_schedule_of_ones_own():
         (lambda: Bernoulli(lambda s: s), "pass total_steps"),
         (lambda: Bernoulli("linear-up", total_steps=0), "total_steps must be an integer >= 1, got 0"),
         (lambda: Bernoulli(lambda s: 2.0, total_steps=5).look(1), "what schedule returns"),
+        (lambda: grst(gamma=-1.0), "gamma must be a finite number >= 0, got -1.0"),
+        (lambda: grst(gamma=math.nan), "gamma must be"),
+        (lambda: grst(gamma="half"), "gamma must be"),
+        (lambda: grst(gamma_max=0.5), "gamma_max must be a finite number >= 1, got 0.5"),
+        (lambda: grst(p=1.5), "p must be a number from 0 to 1, got 1.5"),
+        (lambda: grst(capturable=True), "capturable=True does not go with Blend"),
+        (lambda: Blend("match"), "gamma='match' follows the probability of a look: pass schedule="),
         (lambda: GradientNorm(0), "total_steps"),
         (lambda: GradientNorm(10, delta=1.0), "delta must be below 1"),
         (lambda: GradientNorm(10, delta=-0.1), "delta must be a number from 0 to 1"),

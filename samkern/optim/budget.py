@@ -117,7 +117,8 @@ class Budget(Schedule):
 
     def _read(self) -> None:
         """Takes what the looks since the last time have left on the device."""
-        values = torch.stack(self._unread).tolist() if self._unread else []
+        # The parameters may have moved to another device since.
+        values = torch.stack([x.to(self._unread[-1].device) for x in self._unread]).tolist() if self._unread else []
         self._unread = []
         for change_sq, grad_sq in values:
             if math.isfinite(change_sq) and grad_sq > 0:  # else the step was skipped, or there was nothing to measure
@@ -145,13 +146,13 @@ class Budget(Schedule):
         return min(max(statistics.fmean(changes), -1.0), 1.0) if changes else 0.0
 
     def state(self) -> dict[str, Any]:
+        self._read()
         return {
             "looks_per_window": self.looks_per_window,
             "budget": self._budget,
             "taken": self._taken,
             "samples": [list(sample) for sample in self._samples],
             "spreads": list(self._spreads),
-            "unread": list(self._unread),
             "seed": self.seed,
         }
 
@@ -161,6 +162,6 @@ class Budget(Schedule):
         self._taken = state.get("taken", 0)
         self._samples = deque(((x, q) for x, q in state.get("samples", ())), maxlen=self.window)
         self._spreads = deque(state.get("spreads", ()), maxlen=self.window)
-        self._unread = [sample.clone() for sample in state.get("unread", ())]
+        self._unread = []
         self.seed = state.get("seed", self.seed)
         self._before = self.looks_per_window, self._budget, self._taken

@@ -26,7 +26,7 @@ class Components:
             the model. Lists of parameters: those, and one more of the rest.
         max_component_age: a component whose last sample is so many steps ago is sampled, >= 1.
         change_tol: one whose gradient norm has changed by more than this share since then, too; None: is not looked at. Else
-            costs a host read a look.
+            costs host reads at a look.
         warmup_steps: before this step looks sample everything.
 
     Raises:
@@ -49,6 +49,8 @@ class Components:
         self.sampled_at: dict[int, int] = {}  # by component
         self._norm_then: dict[int, float] = {}
         self._norm_now: dict[int, float] = {}
+        self._before_look: dict[int, float] = {}
+        self._was_skipped: Tensor | None = None  # whether norms of the last look are those of a skipped step
 
     @property
     def splits(self) -> bool:
@@ -79,6 +81,7 @@ class Components:
         """The components that a look at step ``t`` samples. Their first gradients are in place."""
         if not self.splits:
             return {0}
+        self._read()
         component = self.of(params, model)
         everything = {k for k, p in zip(component, params, strict=True) if p.requires_grad}
         self._norm_now = self._norms(params, component, scaling, backend) if self.change_tol is not None else {}
@@ -86,7 +89,9 @@ class Components:
             return everything
         if not all(map(math.isfinite, self._norm_now.values())):
             return set()  # the step will be skipped
-        return {k for k in everything if self._is_due(k, t)}
+        # A pass for what has no gradient now might have nothing to differentiate.
+        reached = {k for k, p in zip(component, params, strict=True) if p.grad is not None}
+        return {k for k in everything & reached if self._is_due(k, t)}
 
     def _is_due(self, k: int, t: int) -> bool:
         last = self.sampled_at.get(k)
@@ -108,20 +113,27 @@ class Components:
                 squares[k] += square
         return {k: math.sqrt(square) if square >= 0 else math.nan for k, square in squares.items()}
 
-    def settle(self, t: int, sampled: set[int]) -> None:
-        """Step ``t`` has sampled these."""
-        for k in sampled:
-            self.sampled_at[k] = t
-            if math.isfinite(self._norm_now.get(k, math.nan)):
-                self._norm_then[k] = self._norm_now[k]
+    def settle(self, t: int, sampled: set[int], skipped: Tensor) -> None:
+        """Step ``t`` has sampled these. If it was skipped, ages begin anew, but norms stay those of what is reused."""
+        self.sampled_at.update(dict.fromkeys(sampled, t))
+        if self._norm_now:
+            self._before_look, self._was_skipped = dict(self._norm_then), skipped
+            self._norm_then.update({k: self._norm_now[k] for k in sampled})
+
+    def _read(self) -> None:
+        if self._was_skipped is not None and self._was_skipped:
+            self._norm_then = self._before_look
+        self._was_skipped = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint has of it."""
+        self._read()
         return {"sampled_at": dict(self.sampled_at), "norm_then": dict(self._norm_then)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes ``state`` back; an empty mapping means a fresh start."""
         self.sampled_at, self._norm_then = dict(state.get("sampled_at", {})), dict(state.get("norm_then", {}))
+        self._was_skipped = None
 
 
 def _reduces_gradients(model: nn.Module | None) -> bool:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch.optim import Optimizer
-
 from ..options import ClimbGroup
 from .base import fused_rule
 from .checks import warn_caller
@@ -35,15 +33,16 @@ def _check_before_pass(opt: StepLoop) -> None:
         raise ValueError(f"{type(opt.schedule).__name__} decides by a gradient, and {name} climbs before there is one")
     if opt.mask is not None and judges_gradients(opt):
         raise ValueError(f"{type(opt.mask).__name__} chooses by a gradient, and {name} climbs before there is one")
+    check_momentum(opt, [opt.perturbation.climb(opt.options(group)) for group in opt.param_groups])
+
+
+def check_momentum(opt: StepLoop, climbs: Sequence[ClimbGroup]) -> None:
+    """Raises ``ValueError`` if a group is perturbed along a momentum that it does not have, or that is not fused (now)."""
     rule, why = fused_rule(opt.base)
     if rule is None:
+        name = type(opt.perturbation).__name__
         raise ValueError(f"{name} climbs along the momentum of a fused SGD, Adam or AdamW: {why}")
-    check_momentum(opt.base, [opt.perturbation.climb(opt.options(group)) for group in opt.param_groups])
-
-
-def check_momentum(base: Optimizer, climbs: Sequence[ClimbGroup]) -> None:
-    """Raises ``ValueError`` if a group is perturbed along a momentum that it does not have."""
-    for i, (group, climb) in enumerate(zip(base.param_groups, climbs, strict=True)):
+    for i, (group, climb) in enumerate(zip(opt.param_groups, climbs, strict=True)):
         if climb.perturbs and group.get("momentum", 1) == 0:
             raise ValueError(
                 f"group {i} has momentum = 0, and there is nothing to climb along: set it, or rho = 0 for this group"
@@ -81,6 +80,8 @@ def check_closures(opt: StepLoop, closure: Any, val_closure: Any) -> None:
         raise TypeError("step() needs a closure (zero_grad, loss, backward); or use first_step() and second_step()")
     if val_closure is not None and opt.learned is None:
         raise ValueError("val_closure is for a learned radius, which this optimizer has not: leave it out")
+    if val_closure is not None and not callable(val_closure):
+        raise TypeError(f"val_closure must be a function, got {val_closure!r}")
     if opt.learned is not None and val_closure is None:
         raise ValueError("a LearnedRadius needs val_closure: opt.step(closure, val_closure=...) on a validation batch")
     if closure is None or callable(closure):

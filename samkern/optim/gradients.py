@@ -37,15 +37,17 @@ class GradientMean:
         self._params, self._n = params, n
         self._sums: dict[int, Tensor] = {}
 
-    def add(self) -> None:
-        """Takes the gradients that are in place."""
-        for i, p in enumerate(self._params):
+    def add(self, first: Sequence[Tensor | None], alpha: Sequence[float] | None) -> None:
+        """Takes the gradients that are in place; with ``alpha``, such shares of them and the rest of ``first``."""
+        for i, (p, g) in enumerate(zip(self._params, first, strict=True)):
             if p.grad is None:
                 continue
-            if i in self._sums:
-                self._sums[i] += p.grad
-            else:
-                self._sums[i] = p.grad.to(math_dtype(p.dtype), copy=True)
+            part = p.grad.to(math_dtype(p.dtype), copy=True)
+            if alpha is not None:
+                part *= alpha[i]
+                if g is not None:
+                    part.add_(g.to(part.dtype), alpha=1 - alpha[i])
+            self._sums[i] = self._sums[i].add_(part) if i in self._sums else part
 
     def put(self) -> None:
         """Puts the means in place of the gradients."""

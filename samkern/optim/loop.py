@@ -133,25 +133,36 @@ class StepLoop(OptimizerAround):
                 rng = SharedRng(params) if self.share_rng else None
                 losses.append(_evaluate(closure))
                 decided = self._begin() if decided is None else decided
-                self._pending = record = replace(decided, report=torch.empty_like(decided.report))
-                if record.looked:
+                first, alpha = [p.grad for p in params], None
+                if decided.looked:
+                    self._pending = record = replace(decided, report=torch.empty_like(decided.report))
                     self._climb(True, record)
                     reports.append(record.report)
                     if rng is not None:
                         rng.rewind()
                     _evaluate(closure)
-                mean.add()
+                    alpha = self._blend()
+                mean.add(first, alpha)
                 self._keeper.restore()
                 self._finish()
             mean.put()
             if decided is not None:
                 # A part that is not finite leaves a share of a flag, and its gradient is in the mean.
-                self._pending = replace(decided, report=torch.stack(reports).mean(0)) if reports else decided
+                report = torch.stack(reports).mean(0) if reports else decided.report
+                self._pending = replace(decided, report=report, parts=len(closures))
             self.second_step()
         except BaseException:
             self.restore()
             raise
         return None if any(loss is None for loss in losses) else sum(losses) / len(losses)
+
+    def _blend(self) -> list[float] | None:
+        """The share of the second gradient in what a look gives each parameter; None: it is all."""
+        if self.reuse is None:
+            return None
+        groups = self._groups()
+        alpha = self.reuse.mix(self._t, True, groups).alpha
+        return [share for share, group in zip(alpha, groups, strict=True) for _ in group["params"]]
 
     def _step_before_pass(self, closure: Closure) -> Any:
         try:
@@ -257,7 +268,8 @@ class StepLoop(OptimizerAround):
         looks, before_pass = decision == Decision.LOOK, self.perturbation.before_pass
         report = torch.empty(len(Report), dtype=torch.float64, device=self._keeper.kept.skips.device)
         evaluations = 2 if looks and not before_pass else 1
-        record = StepRecord(decision, evaluations, self._has_gradients(), report, looks and before_pass)
+        had_gradients = not before_pass and self._has_gradients()
+        record = StepRecord(decision, evaluations, had_gradients, report, looks and before_pass)
         if self._masking is not None:
             overwrites = not looks and fused_rule(self.base)[0] is None
             self._masking.before_climb(self._t, self._groups(), overwrites, self._scaling, self.model)
@@ -286,7 +298,7 @@ class StepLoop(OptimizerAround):
         self._pending = record = self._begin() if passed is None else passed
         if record.looked:
             climbs, renormalise = self._climbs()
-            fit.check_momentum(self.base, climbs)
+            fit.check_momentum(self, climbs)
             self._keeper.prepare(self._keeper.plan(), with_cache=False)
             self._keeper.plan().perturb_along_momentum(climbs, record.report, renormalise)
 
@@ -300,7 +312,7 @@ class StepLoop(OptimizerAround):
 
     def _update(self, record: StepRecord) -> None:
         mix, groups = MixOptions(), self._groups()
-        if self.reuse is not None and (record.looked or record.reuses):
+        if self.reuse is not None and record.parts == 1 and (record.looked or record.reuses):
             mix = self.reuse.mix(self._t, record.looked, groups)
         plan = self._keeper.plan(in_step=True)
         rule = self._keeper.prepare(plan, with_cache=mix.mix.fills_cache)
@@ -331,7 +343,7 @@ class StepLoop(OptimizerAround):
         self.evaluations += record.evaluations
         self.last_step = record
         if self.reuse is not None:
-            self.reuse.settle(t, record.looked)
+            self.reuse.settle(t, record.looked, lambda: record.was_skipped)
         if self.learned is not None:
             self.learned.settle(t, record.looked)
         change = lambda: self._change.squares(record.report)  # noqa: E731

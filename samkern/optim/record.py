@@ -16,7 +16,7 @@ class StepRecord:
     """One step: what it spent and what it saw. Numbers stay on the device until they are read.
 
     ``decision``: what became of the step. ``evaluations``: forward-backward pairs of this step. ``only_perturbed``: its one
-    gradient was taken at ``w + eps``.
+    gradient was taken at ``w + eps``. ``parts``: how many closures the step was given, see m-SAM.
     """
 
     decision: Decision
@@ -24,6 +24,7 @@ class StepRecord:
     had_gradients: bool
     report: Tensor
     only_perturbed: bool = False
+    parts: int = 1
 
     @property
     def looked(self) -> bool:

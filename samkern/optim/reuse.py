@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -72,8 +72,8 @@ class Reuse:
     def fill_in(self, looking: Looking, groups: Sequence[Mapping[str, Any]], until_done: contextlib.ExitStack) -> None:
         """After the second pass: gradients of what was not sampled."""
 
-    def settle(self, t: int, looked: bool) -> None:
-        """Step ``t`` is done."""
+    def settle(self, t: int, looked: bool, skipped: Callable[[], Tensor]) -> None:
+        """Step ``t`` is done. ``skipped()``: a 0-d bool on the device."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint has of it, beside the cache."""
@@ -171,7 +171,7 @@ class Difference(Reuse):
             each module that owns parameters (needs ``model=``). Or lists of parameters; what is not named is one more.
         max_component_age: a look samples components whose last sample is so many steps ago, and those never sampled,
         change_tol: and those whose gradient norm has changed by more than this share since then (None: no test, and no
-            host read). If there is none, the step does not look.
+            host read), if they have a gradient. If there is none, the step does not look.
         warmup_steps: before this step, looks sample everything.
 
     With a model that ``DistributedDataParallel`` wraps, looks sample everything: its reducer waits for every gradient. Under
@@ -279,7 +279,8 @@ class Difference(Reuse):
     def _weights(self, t: int, groups: Sequence[Mapping[str, Any]]) -> list[float]:
         """``beta^age`` of every parameter."""
         betas = [group["beta"] for group in groups for _ in group["params"]]
-        return [self._weight(t, k, beta) for k, beta in zip(self._component, betas, strict=True)]
+        new = [-1] * (len(betas) - len(self._component))  # since the last look: there is nothing of them
+        return [self._weight(t, k, beta) for k, beta in zip(self._component + new, betas, strict=True)]
 
     def _weight(self, t: int, component: int, beta: float) -> float:
         last = self._components.sampled_at.get(component)
@@ -287,9 +288,9 @@ class Difference(Reuse):
         oldest = math.inf if self.max_age is None else self.max_age
         return float(beta**age) if last is not None and age <= oldest else 0.0
 
-    def settle(self, t: int, looked: bool) -> None:
+    def settle(self, t: int, looked: bool, skipped: Callable[[], Tensor]) -> None:
         if looked:
-            self._components.settle(t, self._sampled)
+            self._components.settle(t, self._sampled, skipped())
 
     def state(self) -> dict[str, Any]:
         return {**self._components.state(), "component": self._component}

@@ -180,7 +180,8 @@ class ARSAM(Difference):
             return set(range(len(self.w)))
         if self.change_tol is not None and not finite(g):
             return set()  # the norms are read, so it is known that this step will be skipped
-        return {i for n, component in enumerate(self.components) if self.is_due(n, g) for i in component}
+        reached = [n for n, component in enumerate(self.components) if any(g[i] is not None for i in component)]
+        return {i for n in reached if self.is_due(n, g) for i in self.components[n]}
 
     def is_due(self, n, g):
         last = self.last[self.components[n][0]]
