@@ -372,7 +372,10 @@ def test_a_schedule_of_ones_own():
         (lambda: grst(gamma="half"), "gamma must be"),
         (lambda: grst(gamma_max=0.5), "gamma_max must be a finite number >= 1, got 0.5"),
         (lambda: grst(p=1.5), "p must be a number from 0 to 1, got 1.5"),
-        (lambda: grst(capturable=True), "capturable=True does not go with Blend"),
+        (
+            lambda: grst(capturable=True, gamma="match", schedule="linear-up", total_steps=9),
+            "capturable=True does not go with Blend",
+        ),
         (lambda: Blend("match"), "gamma='match' follows the probability of a look: pass schedule="),
         (lambda: GradientNorm(0), "total_steps"),
         (lambda: GradientNorm(10, delta=1.0), "delta must be below 1"),

@@ -146,7 +146,7 @@ class Blend(Reuse):
 
     @property
     def follows_steps(self) -> bool:
-        return self._schedule is not None and self._schedule.schedule != "constant"
+        return self.options["gamma"] == "match" and self._schedule is not None and self._schedule.schedule != "constant"
 
     def mix(self, t: int, looked: bool, groups: Sequence[Mapping[str, Any]]) -> MixOptions:
         if not looked:
