@@ -249,6 +249,18 @@ def test_a_window_that_failed_begins_again():
     assert (schedule.decide(Now(13, None)), schedule.looks_per_window) == first
 
 
+def test_nothing_to_undo_changes_no_window(backend):
+    """restore() between steps does not give back the looks that were taken."""
+    net = make_net()
+    opt = make(net, gentle("momentum"), warmup_steps=0, backend=backend)
+    looks = 0
+    for t in range(8):
+        train(net, opt, [t])
+        looks += opt.last_step.looked
+        opt.restore()
+    assert looks == 1
+
+
 def test_the_device_is_read_once_a_window(monkeypatch, backend):
     """Of the optimizer's own steps: losses are not looked at."""
     net, reads = make_net(), HostReads(monkeypatch)

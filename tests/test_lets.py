@@ -370,6 +370,37 @@ def test_an_exception_while_learning_leaves_the_step_taken(error, in_validation,
     assert opt.evaluations == 6
 
 
+def test_squares_of_half_gradients_do_not_overflow(backend):
+    """Under a loss scale with which the gradients themselves do not."""
+    ends = []
+    for dtype in (torch.float64, torch.float16):
+        w, opt = one_weight(period=1, hyper="diag", backend=backend)
+        w.data, opt.grad_scale = w.data.to(dtype), torch.tensor(1024.0)
+
+        def closure(entry, loss, w=w):
+            w.grad = torch.full_like(w, entry * 1024)
+            return loss
+
+        opt.step(partial(closure, 1.0, 0.0), val_closure=partial(closure, 3.0, 3.0))
+        ends.append(float(opt.radius))
+    assert ends[1] == pytest.approx(ends[0], rel=1e-3)
+    assert ends[0] != 0.1
+
+
+@pytest.mark.parametrize("loss_of", [lambda loss: loss.reshape(1), float, lambda loss: loss.float()])
+def test_what_a_loss_may_be(loss_of, backend):
+    net = make_net()
+    opt = make(net.parameters(), period=1, backend=backend)
+    closures = [closure_for(net, t, opt.zero_grad) for t in (0, 1000)]
+    train_loss, val_loss = (lambda closure=closure: loss_of(closure()) for closure in closures)
+    opt.step(train_loss, val_closure=val_loss)
+    assert float(opt.radius) != 0.125
+    before = weights(net)
+    with pytest.raises(TypeError, match="the closures must return theirs, one number, got"):
+        opt.step(lambda: (closures[0](), 1), val_closure=val_loss)
+    assert same_bits(weights(net), before)
+
+
 def test_closures_must_return_their_losses(backend):
     net = make_net()
     opt = make(net.parameters(), period=1, backend=backend)

@@ -418,6 +418,36 @@ def test_a_block_is_not_in_a_copy(backend):
     opt.step()
 
 
+def test_a_checkpoint_that_is_loaded_ends_a_block(backend):
+    net = make_net()
+    opt = make(net.parameters(), **MOMENTUM, backend=backend)
+    state = copy.deepcopy(opt.state_dict())
+    with opt.perturbed():
+        closure_for(net, 0, opt.zero_grad)()
+    opt.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="there was none"):
+        opt.step()
+
+
+def test_an_interrupt_at_the_end_of_a_block_leaves_the_weights_as_they_were(monkeypatch, backend):
+    net = make_net()
+    opt = make(net.parameters(), **MOMENTUM, backend=backend)
+    train(net, opt, range(2))
+    before, restore = weights(net), opt._keeper.restore
+    calls = iter([KeyboardInterrupt()])
+
+    def interrupted():
+        for error in calls:
+            raise error
+        restore()
+
+    monkeypatch.setattr(opt._keeper, "restore", interrupted)
+    with pytest.raises(KeyboardInterrupt), opt.perturbed():
+        closure_for(net, 2, opt.zero_grad)()
+    assert same_bits(weights(net), before)
+    train(net, opt, [2])
+
+
 def test_it_continues_a_run_of_the_base(backend):
     """The momentum of its checkpoint is what the first step climbs along."""
     net = make_net()

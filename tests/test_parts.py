@@ -11,6 +11,7 @@ from torch import nn
 
 import samkern
 from samkern.optim import SharpnessAware
+from samkern.options import MixOptions
 
 from .choices import beside_its_oracle, disturbed, gentle, n_steps, three_groups, with_parts
 from .lists import FP32, affordable, same_bits
@@ -272,6 +273,24 @@ def test_what_is_not_a_list_of_closures(wrong):
     with pytest.raises(TypeError, match="closure must be a function or a list of functions, got"):
         opt.step(wrong)
     assert opt.evaluations == 0
+
+
+def test_a_reuse_of_ones_own_that_keeps_nothing(backend):
+    """It need not be a blend."""
+
+    class Nothing(samkern.optim.Reuse):
+        options, keeps = {}, False
+
+        def mix(self, t, looked, groups):
+            return MixOptions()
+
+    ends = []
+    for reuse in (None, Nothing()):
+        net = make_net()
+        opt = SharpnessAware(net.parameters(), SGD, lr=0.1, reuse=reuse, backend=backend)
+        opt.step([closure_for(net, t, opt.zero_grad) for t in range(2)])
+        ends.append(weights(net))
+    assert same_bits(*ends)
 
 
 # ---- what it survives

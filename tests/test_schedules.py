@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import math
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -358,6 +361,50 @@ def test_a_schedule_of_ones_own():
         GradientNorm(10).look(3)
 
 
+class Watching(Schedule):
+    """Has what the gradients of a look differ by measured, and need not ask for it."""
+
+    wants_change = True
+
+    def look(self, t):
+        return True
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_gradients_are_not_held_after_a_step(fails, backend):
+    """Nor after one that failed."""
+    net = make_net()
+    opt = SharpnessAware(net.parameters(), torch.optim.SGD, lr=0.1, schedule=Watching(), backend=backend)
+    held, plain = [], closure_for(net, 0, opt.zero_grad)
+
+    def closure():
+        if fails and held:
+            raise RuntimeError("out of memory")
+        loss = plain()
+        held.extend(weakref.ref(p.grad) for p in net.parameters() if p.grad is not None)
+        return loss
+
+    with pytest.raises(RuntimeError, match="out of memory") if fails else contextlib.nullcontext():
+        opt.step(closure)
+    opt.zero_grad()
+    gc.collect()
+    assert held
+    assert not any(grad() is not None for grad in held)
+
+
+def test_a_schedule_that_compares_gradients_needs_one_pair_of_them():
+    p = nn.Parameter(torch.ones(2))
+    opt = SharpnessAware([p], torch.optim.SGD, lr=0.1, schedule=Watching())
+    with pytest.raises(ValueError, match="do not go with a schedule that judges gradients"):
+        opt.step([lambda: None, lambda: None])
+    with pytest.raises(
+        ValueError, match="Watching compares the two gradients of a look, and with Momentum there is one"
+    ):
+        SharpnessAware(
+            [p], torch.optim.SGD, lr=0.1, momentum=0.9, schedule=Watching(), perturbation=samkern.optim.Momentum()
+        )
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -375,6 +422,16 @@ def test_a_schedule_of_ones_own():
         (
             lambda: grst(capturable=True, gamma="match", schedule="linear-up", total_steps=9),
             "capturable=True does not go with Blend",
+        ),
+        (
+            lambda: SharpnessAware(
+                [{"params": [nn.Parameter(torch.ones(1))], "beta": 0.5}],
+                torch.optim.SGD,
+                lr=0.1,
+                reuse=samkern.optim.Difference(beta=1.0, max_age=None),
+                capturable=True,
+            ),
+            "capturable=True does not go with Difference",
         ),
         (lambda: Blend("match"), "gamma='match' follows the probability of a look: pass schedule="),
         (lambda: GradientNorm(0), "total_steps"),

@@ -228,6 +228,9 @@ def test_a_group_added_later(backend):
         ({"rho": -1.0}, r"group 1: rho must be a finite number >= 0, got -1.0"),
         ({"alpha": float("nan")}, r"group 1: alpha must be"),
         ({"k": 3}, r"group 1 sets k, which is one for all groups"),
+        ({"gamma_max": 8.0}, r"group 1 sets gamma_max, which is one for all groups"),
+        ({"components": "tensor"}, r"group 1 sets components, which is"),
+        ({"rho_max": 2.0}, r"group 1 sets rho_max, which is"),
         ({"p": 3}, r"group 1: p must be one of 2, inf, got 3"),
     ],
 )

@@ -105,6 +105,7 @@ class Budget(Schedule):
         self._budget, self._taken = int(self.looks_per_window), 0
 
     def settle(self, outcome: Outcome) -> None:
+        self._before = self.looks_per_window, self._budget, self._taken
         if outcome.looked:
             change_sq, grad_sq = outcome.change()
             sample = torch.stack([change_sq, grad_sq])

@@ -25,19 +25,13 @@ class Change:
 
     def __init__(self, keeper: PlanKeeper) -> None:
         self._keeper = keeper
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Ends what has begun for a step."""
         self._first: list[Tensor | None] = []
         self._measured: tuple[Tensor, Tensor] | None = None
         self._cached: list[int] | None = None
-
-    def __getstate__(self) -> dict[str, PlanKeeper]:
-        return {"_keeper": self._keeper}
-
-    def __setstate__(self, state: dict[str, PlanKeeper]) -> None:
-        self._keeper = state["_keeper"]
-        self._forget()
 
     def before_climb(self, params: Sequence[Tensor]) -> None:
         """The first gradients are in place."""
@@ -69,7 +63,6 @@ class Change:
     def squares(self, report: Tensor) -> tuple[Tensor, Tensor]:
         """Of the look that has just been taken: 0-d float64 on the device."""
         measured, cached = self._measured, self._cached
-        self._forget()
         if measured is not None:
             return measured
         kept = self._keeper.kept

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..bitmask import BitMask
 from . import fit
 from .base import make_base
-from .change import Change
 from .checks import at_least, one_of
 from .explain import explain
 from .keeper import PlanKeeper, parameters_of
@@ -22,6 +21,13 @@ from .perturbation import Euclidean, Perturbation
 from .radius import LearnedRadius
 from .reuse import Reuse
 from .schedule import Always, Schedule
+
+# Options that a group might set in vain.
+OF_ALL_GROUPS = (
+    *("k", "scope", "min_sine", "gamma_max", "max_age", "components", "max_component_age", "change_tol"),
+    *("sparsity", "renormalise", "refresh_interval"),
+    *("period", "rho_min", "rho_max", "hyper"),
+)
 
 
 class SharpnessAware(StepLoop):
@@ -128,10 +134,8 @@ class SharpnessAware(StepLoop):
             options["rho"] = radius.initial if isinstance(radius, LearnedRadius) else radius
         base = make_base(params, base, base_options)
         self._keeper = PlanKeeper(base, backend, cache_dtype)
-        self._change = Change(self._keeper)
         self._masking = Masking(mask, self._keeper) if mask is not None else None
-        of_all = ("k", "scope", "min_sine", "max_age", "sparsity", "renormalise", "refresh_interval", "period")
-        super().__init__(base, options, not_per_group=of_all)
+        super().__init__(base, options, not_per_group=OF_ALL_GROUPS)
         self.evaluations = self._t = 0
         self.capturable = capturable
         fit.check_choices(self)
@@ -233,6 +237,7 @@ class SharpnessAware(StepLoop):
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """Takes ``own_state`` back; what is not in it starts fresh."""
         self._keeper.load_state_dict(state)
+        self._passed = None
         self._t, self.evaluations = state.get("t", 0), state.get("evaluations", 0)
         self.schedule.load_state(state.get("schedule", {}))
         if self.mask is not None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from ..options import ClimbGroup
 from .base import fused_rule
@@ -31,6 +34,10 @@ def _check_before_pass(opt: StepLoop) -> None:
         raise ValueError(f"radius=LearnedRadius needs two gradients of a step, and with {name} there is one")
     if opt.schedule.reads_gradients:
         raise ValueError(f"{type(opt.schedule).__name__} decides by a gradient, and {name} climbs before there is one")
+    if opt.schedule.wants_change:
+        raise ValueError(
+            f"{type(opt.schedule).__name__} compares the two gradients of a look, and with {name} there is one"
+        )
     if opt.mask is not None and judges_gradients(opt):
         raise ValueError(f"{type(opt.mask).__name__} chooses by a gradient, and {name} climbs before there is one")
     check_momentum(opt, [opt.perturbation.climb(opt.options(group)) for group in opt.param_groups])
@@ -58,7 +65,7 @@ def _check_capturable(opt: StepLoop) -> None:
     if opt.schedule.reads_gradients:
         name = type(opt.schedule).__name__
         raise ValueError(f"capturable=True does not go with {name}, which asks the device whether to look")
-    if opt.reuse is not None and opt.reuse.follows_steps:
+    if opt.reuse is not None and any(opt.reuse.follows_steps(opt.options(group)) for group in opt.param_groups):
         name = type(opt.reuse).__name__
         raise ValueError(f"capturable=True does not go with {name}, whose weights change from step to step")
     if opt.learned is not None:
@@ -96,7 +103,7 @@ def _check_parts(opt: StepLoop) -> None:
     reasons = {
         "a perturbation before the only pass": opt.perturbation.before_pass,
         "a reuse, which keeps gradients": opt.reuse is not None and opt.reuse.keeps,
-        "a schedule that judges gradients": opt.schedule.reads_gradients,
+        "a schedule that judges gradients": opt.schedule.reads_gradients or opt.schedule.wants_change,
         "a mask that is chosen by gradients": judges_gradients(opt),
         "a LearnedRadius": opt.learned is not None,
         "capturable=True": opt.capturable,
@@ -126,8 +133,8 @@ def check_perturbed(opt: StepLoop) -> None:
 
 def check_loss(loss: Any) -> None:
     """Raises ``TypeError`` if a closure has not returned its loss, which a learned radius compares."""
-    if loss is None:
-        raise TypeError("a LearnedRadius compares losses: the closures must return theirs")
+    if not isinstance(loss, Real) and not (isinstance(loss, Tensor) and loss.numel() == 1):
+        raise TypeError(f"a LearnedRadius compares losses: the closures must return theirs, one number, got {loss!r}")
 
 
 def warn_of_half_precision(opt: StepLoop) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batchnorm import frozen_running_stats
-from ..options import Base, ClimbGroup, MixOptions, Report, Scaling
+from ..options import Base, ClimbGroup, Mix, MixOptions, Report, Scaling
 from . import fit
 from .around import OptimizerAround
 from .base import fused_rule
@@ -44,7 +44,9 @@ class StepLoop(OptimizerAround):
     """The ways to take a step, from the choices that ``SharpnessAware`` has made."""
 
     # Not pickled or copied: what belongs to the process, or to a step under way.
-    _TRANSIENT = frozenset({"_pending", "_passed", "_until_done", "_fixed", "last_step", "grad_scale", "found_inf"})
+    _TRANSIENT = frozenset(
+        {"_change", "_pending", "_passed", "_until_done", "_fixed", "last_step", "grad_scale", "found_inf"}
+    )
 
     # A loss scale and an overflow flag, as torch.amp.GradScaler gives them to optimizers that undo the scale themselves:
     # float32 tensors of one entry on the parameters' device. Read in both halves of a step.
@@ -161,8 +163,10 @@ class StepLoop(OptimizerAround):
         if self.reuse is None:
             return None
         groups = self._groups()
-        alpha = self.reuse.mix(self._t, True, groups).alpha
-        return [share for share, group in zip(alpha, groups, strict=True) for _ in group["params"]]
+        mix = self.reuse.mix(self._t, True, groups)
+        if mix.mix != Mix.BLEND:
+            return None
+        return [share for share, group in zip(mix.alpha, groups, strict=True) for _ in group["params"]]
 
     def _step_before_pass(self, closure: Closure) -> Any:
         try:
@@ -229,13 +233,13 @@ class StepLoop(OptimizerAround):
                 self._climb_before_pass(self._passed)
             record = self._pending
             yield
+            with torch.no_grad():
+                self._keeper.restore()
+            self._finish()
         except BaseException:
             self._passed = None
             self.restore()
             raise
-        with torch.no_grad():
-            self._keeper.restore()
-        self._finish()
         self._passed = record
 
     @torch.no_grad()
@@ -393,6 +397,7 @@ class StepLoop(OptimizerAround):
 
     def _finish(self) -> None:
         self._pending = None
+        self._change.forget()
         self._fixed.give_back()
         self._until_done.close()
 
@@ -413,6 +418,7 @@ class StepLoop(OptimizerAround):
         self._until_done = contextlib.ExitStack()
         self._fixed = FixedGradients()
         super().__setstate__(state)
+        self._change = Change(self._keeper)
 
     @classmethod
     def is_persistent(cls, name: str) -> bool:

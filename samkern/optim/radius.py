@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..options import Scaling
+from ..reference import math_dtype
 from .checks import at_least, at_least_int, one_of
 from .gradients import inverse_sq
 
@@ -85,6 +86,7 @@ class LearnedRadius:
 
     def before_climb(self, params: Sequence[Tensor]) -> None:
         """The first gradients are in place."""
+        self.forget()  # what an interrupt may have left
         self._first = [p.grad for p in params]
         self._old = [p.detach().clone() for p in params] if self.hyper == "diag" else []
 
@@ -95,7 +97,8 @@ class LearnedRadius:
             if g_s is None:
                 continue
             if self.hyper == "diag":
-                move = g_s.square() * (p.detach() - self._old[i])
+                # A square of a half type, or of a gradient with a loss scale, would overflow there.
+                move = g_s.to(math_dtype(p.dtype)).square() * (p.detach() - self._old[i])
                 self._moves.append((i, move, torch.zeros_like(move)))
             else:
                 first = torch.zeros_like(g_s) if g is None else g
@@ -135,8 +138,8 @@ class LearnedRadius:
         if self.hyper == "diag":  # three gradients in a product
             scale = scale * (inverse_sq(scaling) ** 0.5)
         rho = self.rho.double()
-        gap = torch.as_tensor(val_loss, device=device).double() - torch.as_tensor(train_loss, device=device).double()
-        slope = gap * -(rates_there * dots).sum() * scale / rho
+        losses = [torch.as_tensor(loss, device=device).double().squeeze() for loss in (val_loss, train_loss)]
+        slope = (losses[0] - losses[1]) * -(rates_there * dots).sum() * scale / rho
         new = (rho - self.beta * slope).clamp(self.rho_min, self.rho_max)
         self.rho.copy_(torch.where(skipped | ~slope.isfinite(), rho, new))
 

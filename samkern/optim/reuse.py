@@ -52,9 +52,8 @@ class Reuse:
         """Whether a look has anything to sample. May choose what."""
         return True
 
-    @property
-    def follows_steps(self) -> bool:
-        """Whether the weights of a mix depend on the number of the step."""
+    def follows_steps(self, group: Mapping[str, Any]) -> bool:
+        """Whether the weights of a mix depend on the number of the step, in a group with these options."""
         return False
 
     @property
@@ -144,9 +143,8 @@ class Blend(Reuse):
         elif self._schedule is None:
             raise ValueError("gamma='match' follows the probability of a look: pass schedule=, a Bernoulli")
 
-    @property
-    def follows_steps(self) -> bool:
-        return self.options["gamma"] == "match" and self._schedule is not None and self._schedule.schedule != "constant"
+    def follows_steps(self, group: Mapping[str, Any]) -> bool:
+        return group["gamma"] == "match" and self._schedule is not None and self._schedule.schedule != "constant"
 
     def mix(self, t: int, looked: bool, groups: Sequence[Mapping[str, Any]]) -> MixOptions:
         if not looked:
@@ -210,9 +208,8 @@ class Difference(Reuse):
     def check(self, group: Mapping[str, Any]) -> None:
         between("beta", group["beta"], 0, 1)
 
-    @property
-    def follows_steps(self) -> bool:
-        return self.options["beta"] != 1 or self.max_age is not None or self._components.splits
+    def follows_steps(self, group: Mapping[str, Any]) -> bool:
+        return group["beta"] != 1 or self.max_age is not None or self._components.splits
 
     def samples(self, looking: Looking) -> bool:
         self._component = self._components.of(looking.params, looking.model)
