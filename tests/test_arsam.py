@@ -249,6 +249,17 @@ def test_a_window_that_failed_begins_again():
     assert (schedule.decide(Now(13, None)), schedule.looks_per_window) == first
 
 
+def test_what_is_not_sampled_is_filled_in_by_one_call(monkeypatch, backend):
+    net, calls, combine = make_net(), [], samkern.ops.combine
+    reuse = Difference(components=[[net.head.weight]], max_component_age=1, change_tol=None, max_age=None)
+    opt = SharpnessAware(net.parameters(), SGD, lr=0.1, reuse=reuse, backend=backend)
+    train(net, opt, [0])
+    reuse._components.sampled_at[1] = 9  # the rest is not due
+    monkeypatch.setattr(samkern.ops, "combine", lambda u, *args, **kw: (calls.append(len(u)), combine(u, *args, **kw)))
+    train(net, opt, [1])
+    assert calls == [sum(p.grad is not None for p in net.parameters()) - 1]
+
+
 def test_nothing_to_undo_changes_no_window(backend):
     """restore() between steps does not give back the looks that were taken."""
     net = make_net()

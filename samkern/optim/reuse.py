@@ -244,21 +244,25 @@ class Difference(Reuse):
             return
         plan, caches = looking.keeper.plan(in_step=True), looking.keeper.kept.cache
         weights, scale = self._weights(looking.t, groups), looking.scaling.grad_scale
+        filled: dict[int, Tensor] = {}
         for i, g in self._first.items():
             p = looking.params[i]
-            cache = caches.get(p)
             p.grad = g
-            if cache is None:
+            if p not in caches:
                 continue
             plan.bind_cache(i, None)
-            until_done.callback(plan.bind_cache, i, cache)
+            until_done.callback(plan.bind_cache, i, caches[p])
             if weights[i] > 0:
                 # A new tensor: if the step fails, the first gradient is put back.
-                p.grad = torch.empty_like(g, memory_format=torch.preserve_format)
-                added = torch.tensor(weights[i], dtype=torch.float64, device=p.device)
-                added = added if scale is None else added * scale.double().squeeze()
-                one = torch.ones((), dtype=torch.float64, device=p.device)
-                ops.combine([p.grad], [g], [cache], one, added, backend=looking.keeper.resolved())
+                p.grad = filled[i] = torch.empty_like(g, memory_format=torch.preserve_format)
+        if not filled:
+            return
+        of_d = torch.tensor([weights[i] for i in filled], dtype=torch.float64).to(looking.params[0].device)
+        if scale is not None:
+            of_d *= scale.double().squeeze()
+        first, kept = [self._first[i] for i in filled], [caches[looking.params[i]] for i in filled]
+        one, backend = torch.ones_like(of_d), looking.keeper.resolved()
+        ops.combine(list(filled.values()), first, kept, one, of_d, backend=backend)
 
     def mix(self, t: int, looked: bool, groups: Sequence[Mapping[str, Any]]) -> MixOptions:
         if looked:
