@@ -8,6 +8,7 @@
 #include <string>
 #include <tuple>
 #include <unordered_map>
+#include <utility>
 
 #include "cpu/launchers.h"
 #include "device_tables.h"
@@ -226,6 +227,11 @@ class Plan {
   void perturb_along_momentum(const std::vector<ClimbTuple>& climbs, const Tensor& report, bool renormalise) {
     if (!momentum_sq_.defined()) momentum_sq_ = at::zeros({n_tensors()}, cache_norm_.options());
     bind_weights();
+    uint64_t versions = 0;  // kernels do not count theirs: one more is a write of somebody else's
+    for (size_t t = 0; t < params_.size(); ++t) {
+      if (state1_[t].defined() && !state1_[t].is_inference()) versions += state1_[t]._version();
+    }
+    if (std::exchange(momentum_versions_, versions) != versions) momentum_sq_known_ = false;
     for (size_t t = 0; t < params_.size(); ++t) {
       const bool moves = state1_[t].defined() && params_[t].requires_grad();
       tables_.view.first[t] = moves ? operand(state1_[t]) : Operand{};
@@ -526,6 +532,7 @@ class Plan {
   // Sums of squares of state1_, from the first climb along the momentum on.
   Tensor momentum_sq_;
   bool momentum_sq_known_ = false;
+  uint64_t momentum_versions_ = 0;
   bool perturbed_ = false, gave_gradients_ = false;
 };
 

@@ -665,8 +665,8 @@ def test_global_random_numbers_are_left_alone(backend):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_two_ranks_have_one_mask(tmp_path):
-    """Rank 1 sees other gradients here, as backward passes need not be bitwise equal; rank 0's mask is taken."""
+def test_two_ranks_have_one_mask_and_one_radius(tmp_path):
+    """Rank 1 sees other gradients here, as backward passes need not be bitwise equal; rank 0's mask and radius are taken."""
     script = textwrap.dedent("""
         import sys, torch, samkern
         rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -678,7 +678,17 @@ def test_two_ranks_have_one_mask(tmp_path):
             opt.first_step()
             w.grad = torch.ones(100)
             opt.second_step()
-        torch.save(opt.masks()[0], out)
+        lets = samkern.LETSSAM([w], torch.optim.SGD, lr=0.1, period=1)
+
+        def closure_of(value):
+            def closure():
+                w.grad = value * (1 + w.detach())
+                return torch.tensor(value)
+
+            return closure
+
+        lets.step(closure_of(1.0), val_closure=closure_of(1.1 + rank))
+        torch.save([*opt.masks(), lets.radius], out)
         torch.distributed.barrier()  # who leaves early takes the connection along
         torch.distributed.destroy_process_group()
     """)
@@ -690,7 +700,9 @@ def test_two_ranks_have_one_mask(tmp_path):
         for rank, file in enumerate(files)
     ]
     assert [process.wait(120) for process in ranks] == [0, 0]
-    assert torch.equal(*map(torch.load, files))
+    (mask, radius), (other_mask, other_radius) = map(torch.load, files)
+    assert torch.equal(mask, other_mask)
+    assert radius == other_radius
 
 
 # ---- what is refused, and what is said
@@ -735,7 +747,7 @@ def test_what_refresh_mask_refuses():
     opt = dynamic(net.parameters())
     with pytest.raises(ValueError, match="takes no losses"):
         opt.refresh_mask([torch.ones(())])
-    with pytest.raises(TypeError, match="mask must be a FisherMask, a DynamicMask or another Mask, got BitMask"):
+    with pytest.raises(TypeError, match="mask must be a samkern.optim.Mask, got BitMask"):
         SharpnessAware(net.parameters(), torch.optim.SGD, lr=0.1, mask=samkern.BitMask.zeros([torch.ones(1)]))
     with pytest.raises(ValueError, match="does not go with fisher='batch'"):
         by_batches(net.parameters(), capturable=True)

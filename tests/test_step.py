@@ -522,3 +522,18 @@ def test_numbers_that_only_a_gpu_knows():
     assert group.numbers == (Climb.EUCLIDEAN, 0.0, 0.0, math.inf, 1.0)
     assert not ClimbGroup(Climb.EUCLIDEAN, 0.0).perturbs
     assert BaseGroup(number, lr_on_device=tensor).numbers == BaseGroup(0.0).numbers
+
+
+@pytest.mark.parametrize(
+    ("choice", "kind"),
+    [
+        ({"schedule": "cosine"}, "a samkern.optim.Schedule"),
+        ({"schedule": samkern.optim.EveryK}, "a samkern.optim.Schedule"),
+        ({"reuse": 0.7}, "a samkern.optim.Reuse"),
+        ({"perturbation": 0.1}, "a samkern.optim.Perturbation"),
+        ({"mask": 0.5}, "a samkern.optim.Mask"),
+    ],
+)
+def test_choices_of_another_kind(choice, kind):
+    with pytest.raises(TypeError, match=f"{next(iter(choice))} must be {kind}, got "):
+        samkern.SharpnessAware([torch.nn.Parameter(torch.ones(2))], torch.optim.SGD, lr=0.1, **choice)

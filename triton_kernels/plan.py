@@ -116,6 +116,7 @@ class TritonPlan(ReferencePlan):
     def bind_state(self, state: Mapping[Any, Any], keys: Sequence[str]) -> None:
         super().bind_state(state, keys)
         self._known: set[int] = set()  # parameters for which _momentum_sq holds
+        self._versions = 0  # of all moments
 
     def perturb(
         self,
@@ -134,6 +135,10 @@ class TritonPlan(ReferencePlan):
     def perturb_along_momentum(self, climbs: Sequence[ClimbGroup], report: Tensor, renormalise: bool = False) -> None:
         moments = self._first_moments()
         plain = not renormalise and all(group.climb in (Climb.EUCLIDEAN, Climb.SIGN) for group in climbs)
+        versions = sum(moment._version for moment in moments.values())
+        if versions != self._versions:  # kernels do not count theirs: somebody else has written
+            self._known.clear()
+        self._versions = versions
         known = plain and moments.keys() <= self._known
         self._climbs_along_momentum = True
         self._run_climb(moments, climbs, report, renormalise=renormalise, along_momentum=True, known=known)

@@ -44,7 +44,7 @@ class Change:
         pairs = list(zip(self._first, second, strict=True))
         there = [i for i, (g, g_s) in enumerate(pairs) if g is not None or g_s is not None]
         if reuse is not None and reuse.keeps_difference and reuse.samples_all and last is None:
-            self._cached = there
+            self._cached = [i for i in there if params[i] in self._keeper.kept.cache]
             return
         watched = [i for i in there if last is None or i >= len(params) - last]
         watched = [i for i in watched if reuse is None or reuse.is_sampled(i)]

@@ -118,9 +118,13 @@ class SharpnessAware(StepLoop):
             at_least("max_grad_norm", max_grad_norm, 0, strictly=True)
         one_of("cache_dtype", cache_dtype, (torch.float32, torch.bfloat16))
         one_of("nonfinite", nonfinite, ("skip", "ignore"))
+        fit.check_kinds(
+            perturbation=(perturbation, Perturbation),
+            schedule=(schedule, Schedule),
+            reuse=(reuse, Reuse),
+            mask=(mask, Mask),
+        )
         self.perturbation, self.schedule, self.reuse = perturbation or Euclidean(), schedule or Always(), reuse
-        if mask is not None and not isinstance(mask, Mask):
-            raise TypeError(f"mask must be a FisherMask, a DynamicMask or another Mask, got {type(mask).__name__}")
         self.mask = mask
         self.model, self.max_grad_norm, self.share_rng, self.nonfinite = model, max_grad_norm, share_rng, nonfinite
         options = {

@@ -11,19 +11,29 @@ from torch import Tensor
 from ..options import ClimbGroup
 from .base import fused_rule
 from .checks import warn_caller
+from .keeper import parameters_of
 
 if TYPE_CHECKING:
     from .loop import StepLoop
 
 
 def check_choices(opt: StepLoop) -> None:
-    """Raises ``ValueError`` for choices that exclude each other."""
+    """Raises ``ValueError`` for choices that exclude each other or do not fit the parameters."""
+    if opt.reuse is not None:
+        opt.reuse.check_parameters(parameters_of(opt.base), opt.model)
     if opt.perturbation.before_pass:
         _check_before_pass(opt)
     if opt.learned is not None and opt.share_rng:
         raise ValueError("radius=LearnedRadius does not go with share_rng=True: its passes have batches of their own")
     if opt.capturable:
         _check_capturable(opt)
+
+
+def check_kinds(**choices: tuple[Any, type]) -> None:
+    """Raises ``TypeError`` unless each choice is None or an instance of its kind."""
+    for name, (choice, kind) in choices.items():
+        if choice is not None and not isinstance(choice, kind):
+            raise TypeError(f"{name} must be a samkern.optim.{kind.__name__}, got {choice!r}")
 
 
 def _check_before_pass(opt: StepLoop) -> None:

@@ -17,6 +17,7 @@ from .checks import warn_caller
 from .gradients import norm_sq
 from .keeper import PlanKeeper
 from .mask import Losses, Mask, Sight
+from .ranks import same_on_all_ranks
 from .record import StepRecord
 
 Groups = Sequence[Mapping[str, Any]]
@@ -130,7 +131,8 @@ class Masking:
             Sight(params, old, gradients, kept.squares, sound, losses, model, backend, t, by_hand)
         )
         if new is not None:
-            self._put(dict(zip(params, _same_on_all_ranks(new).parts(), strict=True)))
+            same_on_all_ranks(new.bits)
+            self._put(dict(zip(params, new.parts(), strict=True)))
             self._refreshed = dict(zip(params, old.parts(), strict=True))
 
     def _put(self, masks: Mapping[Tensor, Tensor]) -> None:
@@ -167,10 +169,3 @@ def _covered(groups: Groups) -> list[Tensor]:
 
 def _are_same(params: Sequence[Tensor], masks: Mapping[Tensor, Tensor]) -> bool:
     return len(params) == len(masks) and all(map(operator.is_, params, masks))
-
-
-def _same_on_all_ranks(mask: BitMask) -> BitMask:
-    """Rank 0's, of the default process group: backward passes need not be bitwise equal across ranks."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast(mask.bits, src=0)
-    return mask

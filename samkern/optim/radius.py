@@ -13,6 +13,7 @@ from ..options import Scaling
 from ..reference import math_dtype
 from .checks import at_least, at_least_int, one_of
 from .gradients import inverse_sq
+from .ranks import same_on_all_ranks
 
 Gradients = Sequence[Tensor | None]
 
@@ -142,6 +143,7 @@ class LearnedRadius:
         slope = (losses[0] - losses[1]) * -(rates_there * dots).sum() * scale / rho
         new = (rho - self.beta * slope).clamp(self.rho_min, self.rho_max)
         self.rho.copy_(torch.where(skipped | ~slope.isfinite(), rho, new))
+        same_on_all_ranks(self.rho)
 
     def settle(self, t: int, looked: bool) -> None:
         """Step ``t`` is done. ``is_ready`` is now whether ``learn`` is due."""

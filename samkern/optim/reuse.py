@@ -44,6 +44,9 @@ class Reuse:
     def check(self, group: Mapping[str, Any]) -> None:
         """Raises ``ValueError`` if an option of a group is out of range."""
 
+    def check_parameters(self, params: list[Tensor], model: nn.Module | None) -> None:
+        """Raises ``ValueError`` if it does not fit the optimizer's parameters or model."""
+
     def mix(self, t: int, looked: bool, groups: Sequence[Mapping[str, Any]]) -> MixOptions:
         """What the update of step ``t`` does. ``groups``: our options of each group, with its ``params``."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it mixes gradients")
@@ -204,6 +207,9 @@ class Difference(Reuse):
         self._component: list[int] = []
         self.options = {"beta": beta}
         self.check(self.options)
+
+    def check_parameters(self, params: list[Tensor], model: nn.Module | None) -> None:
+        self._components.of(params, model)
 
     def check(self, group: Mapping[str, Any]) -> None:
         between("beta", group["beta"], 0, 1)
