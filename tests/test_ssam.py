@@ -747,7 +747,7 @@ def test_what_refresh_mask_refuses():
     opt = dynamic(net.parameters())
     with pytest.raises(ValueError, match="takes no losses"):
         opt.refresh_mask([torch.ones(())])
-    with pytest.raises(TypeError, match="mask must be a samkern.optim.Mask, got BitMask"):
+    with pytest.raises(TypeError, match=r"mask must be a samkern\.optim\.Mask, got BitMask"):
         SharpnessAware(net.parameters(), torch.optim.SGD, lr=0.1, mask=samkern.BitMask.zeros([torch.ones(1)]))
     with pytest.raises(ValueError, match="does not go with fisher='batch'"):
         by_batches(net.parameters(), capturable=True)

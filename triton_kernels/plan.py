@@ -135,7 +135,7 @@ class TritonPlan(ReferencePlan):
     def perturb_along_momentum(self, climbs: Sequence[ClimbGroup], report: Tensor, renormalise: bool = False) -> None:
         moments = self._first_moments()
         plain = not renormalise and all(group.climb in (Climb.EUCLIDEAN, Climb.SIGN) for group in climbs)
-        versions = sum(moment._version for moment in moments.values())
+        versions = sum(moment._version for moment in moments.values() if not moment.is_inference())
         if versions != self._versions:  # kernels do not count theirs: somebody else has written
             self._known.clear()
         self._versions = versions
