@@ -237,20 +237,23 @@ class StepLoop(OptimizerAround):
                 self._keeper.restore()
             self._finish()
         except BaseException:
-            self._passed = None
             self.restore()
             raise
         self._passed = record
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Undoes ``first_step()``: weights bitwise, gradients if they were kept. Nothing to undo: does nothing."""
+        """Undoes ``first_step()``: weights bitwise, gradients if they were kept. Nothing to undo: does nothing.
+
+        Also what ``perturbed()`` has left for ``step()``.
+        """
         self._keeper.restore()
         self.schedule.undo()
         if self._masking is not None:
             self._masking.undo()
         if self.learned is not None:
             self.learned.forget()
+        self._passed = None
         self._finish()
 
     def _groups(self) -> list[dict[str, Any]]:

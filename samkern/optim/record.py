@@ -16,7 +16,8 @@ class StepRecord:
     """One step: what it spent and what it saw. Numbers stay on the device until they are read.
 
     ``decision``: what became of the step. ``evaluations``: forward-backward pairs of this step. ``only_perturbed``: its one
-    gradient was taken at ``w + eps``. ``parts``: how many closures the step was given, see m-SAM.
+    gradient was taken at ``w + eps``. ``parts``: how many closures the step was given; norms of its gradients at
+    ``w`` are means over them (m-SAM).
     """
 
     decision: Decision
