@@ -36,6 +36,7 @@ from samkern.optim import (
     RST,
     SAM,
     AELookSAM,
+    Bernoulli,
     Difference,
     EveryK,
     LookLayerSAM,
@@ -84,6 +85,13 @@ def differences(*settings: Options) -> Iterator[Candidate]:
         yield Candidate("Difference every k", options, make)
 
 
+def fading(*settings: Options) -> Iterator[Candidate]:
+    """MSAM on steps that are drawn with a falling probability, so that the end is at the weights that are tested."""
+    for options in settings:
+        schedule = lambda task, kind=options["p"]: Bernoulli(kind, total_steps=task.n_steps)  # noqa: E731
+        yield Candidate("MSAM, fading", options, around(MSAM, rho=options["rho"], schedule=schedule))
+
+
 def grid(**values: list[Any]) -> list[Options]:
     """All combinations."""
     settings: list[Options] = [{}]
@@ -105,12 +113,14 @@ def candidates() -> list[Candidate]:
         *each(ARSAM, {"rho": 0.2}),
         *each(ARSAM, *grid(rho=[0.2, 0.4], window=[20], max_rate=[0.2], beta=[0.9, 1.0], max_age=[None])),
         *each(ARSAM, *grid(rho=[0.2], window=[20], max_rate=[0.5], beta=[0.9], max_age=[None])),
-        *each(RST, *grid(rho=[0.2, 0.4], schedule=["piecewise-1", "piecewise-2"]), total_steps=n_steps),
+        *each(RST, *grid(rho=[0.2, 0.4, 0.8], schedule=["piecewise-1"]), total_steps=n_steps, name="RST, late half"),
+        *each(RST, *grid(rho=[0.2, 0.4], schedule=["piecewise-2"]), total_steps=n_steps, name="RST, early half"),
         *each(GRST, *grid(rho=[0.2, 0.4], gamma=[1.5, 2.0], schedule=["piecewise-1"]), total_steps=n_steps),
         *each(GRST, *grid(rho=[0.1, 0.2], p=[0.25], gamma=["match"]), name="GRST, constant p"),
-        *each(AESAM, *grid(rho=[0.2, 0.4]), total_steps=n_steps),
+        *each(AESAM, *grid(rho=[0.2, 0.4, 0.8]), total_steps=n_steps),
         *each(AELookSAM, *grid(rho=[0.2, 0.4], rule=["R1", "R3"], k=[5]), total_steps=n_steps),
-        *each(MSAM, *grid(rho=[1.0, 1.5, 2.0, 3.0])),
+        *each(MSAM, *grid(rho=[0.5, 0.7, 1.0, 1.25, 1.5, 2.0, 3.0])),
+        *fading(*grid(rho=[1.5, 2.0, 3.0], p=["linear-down", "cosine-down"])),
         *each(LETSSAM, *grid(rho=[0.2], beta=[0.01, 0.1, 1.0]), held_out=100),
     ]
 

@@ -30,9 +30,13 @@ from ..optim import (
     SSAMD,
     SSAMF,
     AELookSAM,
+    Bernoulli,
+    Difference,
+    EveryK,
     LookLayerSAM,
     LookSAM,
     SAMk,
+    SharpnessAware,
 )
 from ..sharpness import top_eigenvalue
 
@@ -86,6 +90,11 @@ def n_steps(task: Task) -> int:
     return task.n_steps
 
 
+def _fading(task: Task) -> Bernoulli:
+    """Climbs on most steps at first and on hardly any at last, when it is the weights themselves that count."""
+    return Bernoulli("cosine-down", total_steps=task.n_steps)
+
+
 def _sample_losses(task: Task) -> SampleLosses:
     return SampleLosses(task.model, functional.cross_entropy, (task.x, task.y), num_samples=256)
 
@@ -110,28 +119,26 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("Look-LayerSAM (rho 0.02, k 5)", around(LookLayerSAM, rho=0.02, k=5), in_quick=False),
     # Settings of the rows below: bench/search.py, which looks at training data alone.
     Entry(
-        "RST (rho 0.4, late half)",
-        around(RST, rho=0.4, schedule="piecewise-1", total_steps=n_steps),
+        "RST (rho 0.8, late half)",
+        around(RST, rho=0.8, schedule="piecewise-1", total_steps=n_steps),
+        in_quick=False,
+    ),
+    Entry("G-RST (rho 0.2, p 0.25)", around(GRST, rho=0.2, p=0.25, gamma="match"), in_quick=False),
+    Entry("AE-SAM (rho 0.8)", around(AESAM, rho=0.8, total_steps=n_steps), in_quick=False),
+    Entry("AE-LookSAM (rho 0.4, R1)", around(AELookSAM, rho=0.4, rule="R1", total_steps=n_steps), in_quick=False),
+    Entry(
+        "ARSAM (rho 0.2, at most 0.2)",
+        around(ARSAM, rho=0.2, window=20, max_rate=0.2, beta=1.0, max_age=None),
         in_quick=False,
     ),
     Entry(
-        "G-RST (rho 0.2, gamma 2, late half)",
-        around(GRST, rho=0.2, gamma=2.0, schedule="piecewise-1", total_steps=n_steps),
+        "difference (rho 0.4, k 5)",
+        around(SharpnessAware, radius=0.4, schedule=lambda _: EveryK(5), reuse=lambda _: Difference(beta=0.7)),
         in_quick=False,
     ),
-    Entry("AE-SAM (rho 0.2)", around(AESAM, rho=0.2, total_steps=n_steps), in_quick=False),
-    Entry(
-        "AE-LookSAM (rho 0.2, R3)",
-        around(AELookSAM, rho=0.2, rule="R3", total_steps=n_steps),
-        in_quick=False,
-    ),
-    Entry(
-        "ARSAM (rho 0.2)",
-        around(ARSAM, rho=0.2, window=20, max_rate=0.2, beta=0.9, max_age=None),
-        in_quick=False,
-    ),
-    Entry("LETS-SAM (rho from 0.2)", around(LETSSAM, rho=0.2, beta=0.1), in_quick=False, held_out=100),
-    Entry("MSAM (rho 1.5)", around(MSAM, rho=1.5)),
+    Entry("LETS-SAM (rho from 0.2)", around(LETSSAM, rho=0.2), in_quick=False, held_out=100),
+    Entry("MSAM (rho 1)", around(MSAM, rho=1.0), in_quick=False),
+    Entry("MSAM (rho 2, fading)", around(MSAM, rho=2.0, schedule=_fading)),
 )
 
 
