@@ -1,14 +1,15 @@
-"""Search of the settings that the demo uses, on its training data alone.
+"""Search of the settings that the demo uses, on its training data alone. Needs what the demo needs.
 
     python -m bench.search                           # all methods: a quarter of an hour
-    python -m bench.search --method MSAM             # those of one method; again for more
+    python -m bench.search --method MSAM --method "MSAM, fading" --seeds 10 11 12 13 14 15
     python -m bench.search --table                   # only prints what the CSV has
 
 Each run trains the demo's net on 1,000 of its 1,200 training samples, with wrong labels as in the demo, and is scored by the
 accuracy on the other 200, whose labels are as wrong: knowing all right labels would score about 60 %. No test image is looked
-at, and the seeds (wrong labels, initial weights, batches, which 200) are not those of the demo. A row per run goes to
-bench/results/<device>/search.csv, and a run that is there is not repeated. The first seed sees every setting, the others the
-two of each method that were best on it. The table is sorted by score.
+at, and the seeds (wrong labels, initial weights, batches, which 200) are not those of the demo; six in a row hold out every
+sample once. A row per run goes to bench/results/<device>/search.csv, and a run that is there is not repeated. The first seed
+sees every setting, the others the two of each method that were best on it. The table is sorted by score; errors are over
+seeds, which are harder or easier for all methods alike.
 """
 
 from __future__ import annotations

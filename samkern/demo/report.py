@@ -90,7 +90,7 @@ def table(result: Result) -> str:
     notes = [
         "best %: the highest along the run, which only an early stop on right labels would find.",
         "train %: agreement with the training labels, wrong ones included: high means that they were memorised.",
-        "top eigenvalue: curvature of the training loss in its sharpest direction.",
+        "top eigenvalue: curvature of the loss on a third of the training data, in its sharpest direction.",
         "front: no other method reaches more with as few forward-backward pairs in all, or as much with fewer.",
         "own share: part of a step that is the optimizer's own arithmetic, not forward and backward passes.",
     ]
