@@ -18,7 +18,7 @@ import io
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,14 @@ class Cifar:
 
     def to(self, device: torch.device) -> Cifar:
         return Cifar(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+    def held_out(self, n: int) -> tuple[Cifar, Cifar]:
+        """All but the last ``n`` training images, and those. The test images are with neither in the latter."""
+        first = replace(self, train_x=self.train_x[:-n], train_y=self.train_y[:-n])
+        last = replace(
+            self, train_x=self.train_x[-n:], train_y=self.train_y[-n:], test_x=self.test_x[:0], test_y=self.test_y[:0]
+        )
+        return first, last
 
     def normalised(self, images: Tensor) -> Tensor:
         """Images (n, 32, 32, 3) uint8 as the net takes them: (n, 3, 32, 32) float32, channels last in memory."""
@@ -122,6 +130,12 @@ def synthetic(n_train: int, n_test: int) -> Cifar:
     noise = torch.randint(256, (len(y), SIDE, SIDE, 3), generator=generator)
     x = ((pattern[y] + noise) // 2).to(torch.uint8)
     return Cifar(x[:n_train], y[:n_train], x[n_train:], y[n_train:])
+
+
+def draws(data: Cifar, batch: int, n_batches: int, seed: int, epoch: int) -> Tensor:
+    """Which training images make up each batch (n_batches, batch) of a validation set in an epoch, on the device."""
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    return torch.randint(len(data.train_y), (n_batches, batch), generator=generator).to(data.train_y.device)
 
 
 def batches(data: Cifar, batch: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -11,7 +11,8 @@ goes to bench/results/<device>/train.csv; at the end stands a table: accuracy, g
 and time per step against SGD, where the bar is 3 % above the number of pairs.
 
 bfloat16 autocast, channels last, SGD with momentum 0.9 and weight decay 5e-4, cosine decay after a linear warm-up. Images
-and augmentation live on the device; batches depend on seed and epoch alone, so all methods see the same ones.
+and augmentation live on the device; batches depend on seed and epoch alone, so all methods see the same ones: but LETS, for
+whose validation batches the last tenth of the training images is held out. Test images are for testing alone.
 
 With ``--checkpoints`` there is a checkpoint after each epoch, and ``--resume`` goes on from there: on the CPU to the same
 bits as without the stop. Ctrl-C loses the epoch under way. Runs that are complete are not repeated.
@@ -34,7 +35,7 @@ from samkern import NotBuiltError
 
 from . import cifar, train_log
 from .harness import RESULTS
-from .train_run import Entry, Run, Setting, make_optimizer, methods
+from .train_run import Entry, Run, Setting, make_optimizer, methods, n_validation
 
 TEMPORARY = Path(tempfile.gettempdir())
 COMPARED = (("sgd", {}), ("sam", {"rho": 0.1}), ("looksam", {"rho": 0.1, "k": 5}))
@@ -115,6 +116,8 @@ def check(parser: argparse.ArgumentParser, entries: list[Entry], setting: Settin
     if options.resume and options.checkpoints is None:
         parser.error("--resume needs --checkpoints, the folder to go on from")
     for entry in entries:
+        if setting.images - n_validation(entry, setting) < setting.batch:
+            parser.error(f"--images must leave {entry.method} a batch of {setting.batch} beside its validation images")
         try:
             make_optimizer(entry, setting, nn.Linear(1, 1))
         except (ValueError, TypeError, NotBuiltError) as error:

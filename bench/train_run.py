@@ -7,7 +7,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,12 @@ def make_optimizer(entry: Entry, setting: Setting, model: nn.Module, data: cifar
     return make(model.parameters(), SGD, model=model, **{**base, **entry.options})
 
 
+def n_validation(entry: Entry, setting: Setting) -> int:
+    """Training images that are held out for a method with a learned radius: a tenth."""
+    learns = issubclass(methods()[entry.method], (samkern.LETSSAM, samkern.LETSASAM))
+    return setting.images // 10 if learns else 0
+
+
 class Normalised(Dataset[tuple[Tensor, Tensor]]):
     """The training images as the net sees them, without augmentation."""
 
@@ -121,6 +127,10 @@ class Run:
     """Trains epoch by epoch. ``rows`` has a row for each epoch so far; ``pairs`` counts calls of the closure."""
 
     def __init__(self, entry: Entry, seed: int, setting: Setting, data: cifar.Cifar, device: torch.device) -> None:
+        self.validation: cifar.Cifar | None = None
+        if held_out := n_validation(entry, setting):
+            setting = replace(setting, images=setting.images - held_out)
+            data, self.validation = data.held_out(held_out)
         self.entry, self.seed, self.setting, self.data, self.device = entry, seed, setting, data, device
         torch.manual_seed(seed)
         self.net = nets.resnet18(setting.width).to(device, memory_format=torch.channels_last)
@@ -140,16 +150,18 @@ class Run:
         clock = StepClock(self.device)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         n_right = torch.zeros((), dtype=torch.int64, device=self.device)
+        draws = self.draws(epoch)
         self.net.train()
         start = time.perf_counter()
-        for x, y in cifar.batches(self.data, self.setting.batch, self.seed, epoch):
+        for i, (x, y) in enumerate(cifar.batches(self.data, self.setting.batch, self.seed, epoch)):
             answers: list[Tensor] = []
             step = clock.begin()
-            loss = self.opt.step(self.closure(x, y, clock, step, answers))
+            others = {} if draws is None else {"val_closure": self.val_closure(draws[i], clock, step)}
+            loss = self.opt.step(self.closure(x, y, clock, step, answers), **others)
             step.end = clock.now()
             self.schedule.step()
             loss_sum += loss.detach()
-            n_right += (answers[0].argmax(1) == y).sum()  # at the weights themselves, before any climb
+            n_right += (answers[0].argmax(1) == y).sum()  # before any climb, but MSAM's
         train_loss = loss_sum.item() / self.setting.steps_per_epoch
         self.seconds += time.perf_counter() - start
         self.pairs += sum(len(step.pairs) for step in clock.steps)
@@ -197,6 +209,23 @@ class Run:
             answers.append(answer.detach())
             step.pairs.append((begin, clock.now()))
             return loss
+
+        return closure
+
+    def draws(self, epoch: int) -> Tensor | None:
+        """Which validation images each step of an epoch takes, if the method takes any."""
+        if self.validation is None:
+            return None
+        return cifar.draws(self.validation, self.setting.batch, self.setting.steps_per_epoch, self.seed, epoch)
+
+    def val_closure(self, drawn: Tensor, clock: StepClock, step: Step) -> Callable[[], Tensor]:
+        """As ``closure``, on validation images without augmentation, which only the steps that call it take."""
+        validation = self.validation
+        assert validation is not None
+
+        def closure() -> Tensor:
+            x = validation.normalised(validation.train_x[drawn])
+            return self.closure(x, validation.train_y[drawn], clock, step, [])()
 
         return closure
 

@@ -75,6 +75,8 @@ def test_all_methods_run_and_their_pairs_are_those_that_were_taken(tmp_path, cap
     assert passes[names.index("sgd")] == 6
     assert passes[names.index("sam")] == 12
     assert passes[names.index("looksam")] == 6 + 2  # it looks in steps 0 and 5 of 6
+    assert passes[names.index("msam")] == 6
+    assert passes[names.index("letssam")] == 2 * 4  # 19 images of 192 are held out, which leaves two batches
     text = capsys.readouterr().out
     for row in rows:
         assert float(row["gap"]) == pytest.approx(float(row["train_accuracy"]) - float(row["test_accuracy"]), abs=2e-3)
@@ -104,7 +106,14 @@ def test_methods_are_those_of_the_package(monkeypatch):
     assert train_run.methods()["newest"] is Newest
 
 
-@pytest.mark.parametrize("method", [["sgd"], ["looksam", "--option", "k=3"]], ids=lambda method: method[0])
+RESUMED = [
+    ["sgd"],
+    ["looksam", "--option", "k=3"],
+    ["letssam", "--option", "period=2", "--images", "288"],  # 4 batches without the tenth that is held out
+]
+
+
+@pytest.mark.parametrize("method", RESUMED, ids=lambda method: method[0])
 def test_a_stopped_run_goes_on_to_the_same_bits(method, tmp_path, monkeypatch, capsys, passes):
     arguments = ["--epochs", 3, "--method", *method, "--checkpoints"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -113,12 +122,12 @@ def test_a_stopped_run_goes_on_to_the_same_bits(method, tmp_path, monkeypatch, c
     owner = train_run.methods()[method[0]]
     step, calls = owner.step, []
 
-    def interrupted(self, closure):
+    def interrupted(self, closure, **others):
         calls.append(1)
         if len(calls) == 7:  # of 4 in an epoch: in the second
             closure()
             raise KeyboardInterrupt
-        return step(self, closure)
+        return step(self, closure, **others)
 
     monkeypatch.setattr(owner, "step", interrupted)
     assert smoke(stopped, *arguments, stopped) == 130
@@ -181,6 +190,7 @@ def test_a_csv_of_another_version_is_left_alone(tmp_path):
         (["--method", "sam", "--option", "roh=1"], "unexpected keyword argument 'roh'"),
         (["--method", "adam"], "invalid choice: 'adam'"),
         (["--images", "10"], "--images must be at least a batch of 64, got 10"),
+        (["--images", "70", "--method", "letssam"], "--images must leave letssam a batch of 64 beside its validation"),
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--resume"], "--resume needs --checkpoints"),
     ],
@@ -305,6 +315,20 @@ def origins(image, images):
                 same = (moved == upright).flatten(1).all(1)
                 found += [(i, flipped) for i in same.nonzero().flatten().tolist()]
     return found
+
+
+def test_images_that_are_held_out():
+    data = cifar.synthetic(30, 10)
+    rest, held_out = data.held_out(6)
+    assert torch.equal(torch.cat([rest.train_x, held_out.train_x]), data.train_x)
+    assert len(held_out.train_y) == 6
+    assert len(held_out.test_y) == 0  # test images are never validation data
+    drawn = cifar.draws(held_out, batch=4, n_batches=3, seed=0, epoch=1)
+    assert drawn.shape == (3, 4)
+    assert int(drawn.max()) < 6
+    torch.manual_seed(7)
+    assert torch.equal(cifar.draws(held_out, 4, 3, 0, 1), drawn)
+    assert not torch.equal(cifar.draws(held_out, 4, 3, 0, 2), drawn)
 
 
 def test_batches_depend_on_seed_and_epoch_alone():

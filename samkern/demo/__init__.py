@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--noise", type=float, default=40.0, help="%% of training labels replaced by wrong ones (40)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every method (3)")
     parser.add_argument("--epochs", type=int, default=40, help="passes over the training data (40)")
-    parser.add_argument("--quick", action="store_true", help="one seed and five of the methods: under a minute")
+    parser.add_argument("--quick", action="store_true", help="one seed and seven of the methods: under a minute")
     parser.add_argument("--out", type=Path, default=Path("demo-results"), help="folder for demo.png and demo.json")
     options = parser.parse_args(arguments)
     if not 0 <= options.noise <= 100:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,16 +18,34 @@ from torch.optim import SGD, Optimizer
 from tqdm import tqdm
 
 from ..fisher import SampleLosses
-from ..optim import ASAM, SAM, SSAMD, SSAMF, LookLayerSAM, LookSAM, SAMk
+from ..optim import (
+    AESAM,
+    ARSAM,
+    ASAM,
+    GRST,
+    LETSSAM,
+    MSAM,
+    RST,
+    SAM,
+    SSAMD,
+    SSAMF,
+    AELookSAM,
+    Bernoulli,
+    LookLayerSAM,
+    LookSAM,
+    SAMk,
+)
 from ..sharpness import top_eigenvalue
 
 N_TRAIN, BATCH = 1200, 64
+FIVE_EPOCHS = 5 * math.ceil(N_TRAIN / BATCH)  # in steps
 BASE: dict[str, Any] = {"lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4}
 
 
 class Task(NamedTuple):
-    """What an optimizer may want to know of a run: the training data and the number of steps."""
+    """What an optimizer may want to know of a run: the model, the training data and the number of steps."""
 
+    model: nn.Module
     x: Tensor
     y: Tensor
     n_steps: int
@@ -33,45 +53,84 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table. ``longer``: factor on the epochs. ``in_quick``: whether the short form has it too."""
+    """A row of the table.
+
+    ``longer``: factor on the epochs. ``in_quick``: whether the short form has it too. ``held_out``: so many of the training
+    samples, the last ones, are validation data of the method: it does not train on them.
+    """
 
     name: str
-    make: Callable[[nn.Module, Task], Optimizer]
+    make: Callable[[Task], Optimizer]
     longer: int = 1
     in_quick: bool = True
+    held_out: int = 0
 
 
-def _around(method: type, **options: Any) -> Callable[[nn.Module, Task], Optimizer]:
-    return lambda model, _: method(model.parameters(), SGD, model=model, **options, **BASE)
+def around(method: type, **options: Any) -> Callable[[Task], Optimizer]:
+    """``method`` around SGD. An option that is a function is called with the task first: choices have state of their own."""
+
+    def make(task: Task) -> Optimizer:
+        given = {name: value(task) if callable(value) else value for name, value in options.items()}
+        opt: Optimizer = method(task.model.parameters(), SGD, model=task.model, **given, **BASE)
+        return opt
+
+    return make
 
 
-def _sgd(model: nn.Module, _: Task) -> Optimizer:
-    return SGD(model.parameters(), **BASE)
+def sgd(task: Task) -> Optimizer:
+    """The base alone."""
+    return SGD(task.model.parameters(), **BASE)
 
 
-def _ssam_f(model: nn.Module, task: Task) -> Optimizer:
-    losses = SampleLosses(model, functional.cross_entropy, (task.x, task.y), num_samples=256)
-    interval = 5 * (N_TRAIN // BATCH + 1)  # five epochs
-    return SSAMF(model.parameters(), SGD, rho=0.3, sample_losses=losses, refresh_interval=interval, model=model, **BASE)
+def n_steps(task: Task) -> int:
+    """The length of the run, for methods that follow it."""
+    return task.n_steps
 
 
-def _ssam_d(model: nn.Module, task: Task) -> Optimizer:
-    interval = 5 * (N_TRAIN // BATCH + 1)
-    options: dict[str, Any] = {"total_steps": task.n_steps, "refresh_interval": interval}
-    return SSAMD(model.parameters(), SGD, rho=0.4, model=model, **options, **BASE)
+def _fading(task: Task) -> Bernoulli:
+    """Climbs on most steps at first and on hardly any at last, when it is the weights themselves that count."""
+    return Bernoulli("cosine-down", total_steps=task.n_steps)
+
+
+def _sample_losses(task: Task) -> SampleLosses:
+    return SampleLosses(task.model, functional.cross_entropy, (task.x, task.y), num_samples=256)
 
 
 ENTRIES: tuple[Entry, ...] = (
-    Entry("SGD", _sgd),
-    Entry("SGD, twice the epochs", _sgd, longer=2, in_quick=False),
-    Entry("SAM (rho 0.2)", _around(SAM, rho=0.2)),
-    Entry("ASAM (rho 2, eta 0.01)", _around(ASAM, rho=2.0), in_quick=False),
-    Entry("SAM-k (k 5)", _around(SAMk, rho=0.2, k=5)),
-    Entry("LookSAM (k 2)", _around(LookSAM, rho=0.2, k=2)),
-    Entry("LookSAM (k 5)", _around(LookSAM, rho=0.2, k=5)),
-    Entry("SSAM-F (rho 0.3, half)", _ssam_f),
-    Entry("SSAM-D (rho 0.4, half)", _ssam_d, in_quick=False),
-    Entry("Look-LayerSAM (rho 0.02, k 5)", _around(LookLayerSAM, rho=0.02, k=5), in_quick=False),
+    Entry("SGD", sgd),
+    Entry("SGD, twice the epochs", sgd, longer=2, in_quick=False),
+    Entry("SAM (rho 0.2)", around(SAM, rho=0.2)),
+    Entry("ASAM (rho 2, eta 0.01)", around(ASAM, rho=2.0), in_quick=False),
+    Entry("SAM-k (k 5)", around(SAMk, rho=0.2, k=5)),
+    Entry("LookSAM (k 2)", around(LookSAM, rho=0.2, k=2)),
+    Entry("LookSAM (k 5)", around(LookSAM, rho=0.2, k=5)),
+    Entry(
+        "SSAM-F (rho 0.3, half)",
+        around(SSAMF, rho=0.3, sample_losses=_sample_losses, refresh_interval=FIVE_EPOCHS),
+    ),
+    Entry(
+        "SSAM-D (rho 0.4, half)",
+        around(SSAMD, rho=0.4, total_steps=n_steps, refresh_interval=FIVE_EPOCHS),
+        in_quick=False,
+    ),
+    Entry("Look-LayerSAM (rho 0.02, k 5)", around(LookLayerSAM, rho=0.02, k=5), in_quick=False),
+    # Settings of the rows below: bench/search.py, which looks at training data alone.
+    Entry(
+        "RST (rho 0.8, late half)",
+        around(RST, rho=0.8, schedule="piecewise-1", total_steps=n_steps),
+        in_quick=False,
+    ),
+    Entry("G-RST (rho 0.2, p 0.25)", around(GRST, rho=0.2, p=0.25, gamma="match"), in_quick=False),
+    Entry("AE-SAM (rho 0.8)", around(AESAM, rho=0.8, total_steps=n_steps), in_quick=False),
+    Entry("AE-LookSAM (rho 0.4, R1)", around(AELookSAM, rho=0.4, rule="R1", total_steps=n_steps), in_quick=False),
+    Entry(
+        "ARSAM (rho 0.2, at most 0.2)",
+        around(ARSAM, rho=0.2, window=20, max_rate=0.2, beta=1.0, max_age=None),
+        in_quick=False,
+    ),
+    Entry("LETS-SAM (rho from 0.2)", around(LETSSAM, rho=0.2), in_quick=False, held_out=100),
+    Entry("MSAM (rho 1)", around(MSAM, rho=1.0), in_quick=False),
+    Entry("MSAM (rho 2, fading)", around(MSAM, rho=2.0, schedule=_fading)),
 )
 
 
@@ -87,15 +146,23 @@ class Setting:
 
 @dataclass
 class Run:
-    """One training run. ``curve``: forward-backward pairs so far and test accuracy in per cent, after every epoch."""
+    """One training run.
+
+    ``kinds``: how many steps took how many forward-backward pairs. ``curve``: pairs so far and test accuracy in per cent,
+    after every second epoch.
+    """
 
     seed: int
     test_accuracy: float
     train_accuracy: float
     eigenvalue: float
-    pairs: int
-    steps: int
+    kinds: Counter[int]
     curve: list[tuple[int, float]]
+
+    @property
+    def pairs(self) -> int:
+        """Forward-backward pairs in all."""
+        return sum(pairs * steps for pairs, steps in self.kinds.items())
 
 
 @dataclass
@@ -110,7 +177,12 @@ class Row:
     @property
     def pairs_per_step(self) -> float:
         """Forward-backward pairs that a step costs on average."""
-        return sum(run.pairs for run in self.runs) / sum(run.steps for run in self.runs)
+        return sum(run.pairs for run in self.runs) / self.kinds.total()
+
+    @property
+    def kinds(self) -> Counter[int]:
+        """How many steps of all runs took how many pairs."""
+        return sum((run.kinds for run in self.runs), Counter())
 
 
 @dataclass(frozen=True)
@@ -149,18 +221,6 @@ def make_net(seed: int) -> nn.Sequential:
         return nn.Sequential(*block(1, 24), *block(24, 24), nn.MaxPool2d(2), *block(24, 24), *pooled)
 
 
-def closure_for(net: nn.Module, opt: Optimizer, x: Tensor, y: Tensor) -> Callable[[], float]:
-    """Zeroes the gradients, computes the loss, calls backward, returns the loss."""
-
-    def closure() -> float:
-        opt.zero_grad()
-        loss = functional.cross_entropy(net(x), y)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.item()
-
-    return closure
-
-
 @torch.no_grad()
 def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
     """Share of right answers in per cent, in evaluation mode."""
@@ -170,73 +230,103 @@ def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
     return right
 
 
+class Fit:
+    """Training of a net: SGD-momentum with cosine decay as the base, batches in an order that depends on the seed alone.
+
+    ``kinds`` counts steps by the forward-backward pairs that they took.
+    """
+
+    def __init__(self, entry: Entry, net: nn.Module, data: Digits, epochs: int, seed: int) -> None:
+        n = len(data.train_y) - entry.held_out
+        self._x, self._y = data.train_x[:n], data.train_y[:n]
+        self._val = (data.train_x[n:], data.train_y[n:]) if entry.held_out else None
+        self._net, self.epochs = net, epochs
+        n_steps = epochs * math.ceil(n / BATCH)
+        self.opt = entry.make(Task(net, self._x, self._y, n_steps))
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.opt, n_steps)
+        self._generator = torch.Generator().manual_seed(1000 + seed)
+        self.kinds: Counter[int] = Counter()
+
+    def run(self) -> Iterator[int]:
+        """Trains, and yields the pairs so far after every epoch."""
+        for _ in range(self.epochs):
+            for indices in torch.split(torch.randperm(len(self._y), generator=self._generator), BATCH):
+                self.step(indices)
+            yield sum(pairs * steps for pairs, steps in self.kinds.items())
+
+    def step(self, indices: Tensor) -> tuple[float, list[float]]:
+        """One step on these samples. Returns the seconds that it took, and those of each forward-backward pair in it."""
+        spent: list[float] = []
+        options = {"val_closure": self._closure(*self._val, spent)} if self._val is not None else {}
+        closure = self._closure(self._x[indices], self._y[indices], spent)
+        start = time.perf_counter()
+        self.opt.step(closure, **options)
+        seconds = time.perf_counter() - start
+        self._schedule.step()
+        self.kinds[len(spent)] += 1
+        return seconds, spent
+
+    def _closure(self, x: Tensor, y: Tensor, spent: list[float]) -> Callable[[], float]:
+        """Zeroes the gradients, computes the loss, calls backward, returns the loss; notes what that took."""
+
+        def closure() -> float:
+            start = time.perf_counter()
+            self.opt.zero_grad()
+            loss = functional.cross_entropy(self._net(x), y)
+            loss.backward()  # type: ignore[no-untyped-call]
+            value = loss.item()
+            spent.append(time.perf_counter() - start)
+            return value
+
+        return closure
+
+
 def train(entry: Entry, setting: Setting, seed: int, progress: tqdm[Any]) -> Run:
-    """One run: SGD-momentum with cosine decay as the base, batches in an order that depends on the seed alone."""
+    """One run, tested after every second epoch and the last."""
     data, net = load(setting.noise, seed), make_net(seed)
-    epochs = setting.epochs * entry.longer
-    n_steps = epochs * (N_TRAIN // BATCH + 1)
-    opt = entry.make(net, Task(data.train_x, data.train_y, n_steps))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, n_steps)
-    generator = torch.Generator().manual_seed(1000 + seed)
-    curve, steps = [], 0
-    for _ in range(epochs):
-        for indices in torch.split(torch.randperm(N_TRAIN, generator=generator), BATCH):
-            opt.step(closure_for(net, opt, data.train_x[indices], data.train_y[indices]))
-            schedule.step()
-            steps += 1
+    fit = Fit(entry, net, data, setting.epochs * entry.longer, seed)
+    curve = []
+    for epoch, pairs in enumerate(fit.run(), 1):
         progress.update()
-        curve.append((getattr(opt, "evaluations", steps), accuracy(net, data.test_x, data.test_y)))
-    thirds = (torch.split(part, N_TRAIN // 3) for part in (data.train_x, data.train_y))
-    parts = list(zip(*thirds, strict=True))
+        if epoch % 2 == 0 or epoch == fit.epochs:
+            curve.append((pairs, accuracy(net, data.test_x, data.test_y)))
+    third = (data.train_x[: N_TRAIN // 3], data.train_y[: N_TRAIN // 3])
     return Run(
         seed=seed,
         test_accuracy=curve[-1][1],
         train_accuracy=accuracy(net, data.train_x, data.train_y),
-        eigenvalue=top_eigenvalue(net, functional.cross_entropy, parts, tol=1e-2),
-        pairs=curve[-1][0],
-        steps=steps,
+        eigenvalue=top_eigenvalue(net, functional.cross_entropy, [third], tol=1e-2),
+        kinds=fit.kinds,
         curve=curve,
     )
 
 
-def time_steps(rows: list[Row], setting: Setting, rounds: int = 60, warm_up: int = 10) -> None:
+def time_steps(rows: list[Row], setting: Setting, rounds: int = 80, warm_up: int = 10) -> None:
     """Fills in what a step takes. The methods take turns step by step, so that a slow moment of the machine hits all.
 
-    A method's mean step is the median over its steps of each kind (with and without a second pass), weighted as they occur
-    in a run.
+    A method's mean step is the median over its steps of each kind (by the number of passes), weighted as they occur in its
+    runs.
     """
     data = load(setting.noise, 0)
-    x, y = data.train_x[:BATCH], data.train_y[:BATCH]
-    nets = [make_net(0) for _ in rows]
-    task = Task(data.train_x, data.train_y, rounds)
-    opts = [row.entry.make(net, task) for row, net in zip(rows, nets, strict=True)]
+    batches = torch.split(torch.arange(N_TRAIN // 2), BATCH)[:-1]  # none of them held out
+    epochs = math.ceil((warm_up + rounds) * BATCH / N_TRAIN)
+    fits = [Fit(row.entry, make_net(0), data, epochs, 0) for row in rows]
     whole: list[dict[int, list[float]]] = [{} for _ in rows]
     inside: list[dict[int, list[float]]] = [{} for _ in rows]
     for t in range(warm_up + rounds):
-        for i, (net, opt) in enumerate(zip(nets, opts, strict=True)):
-            closure = closure_for(net, opt, x, y)
-            spent: list[float] = []
-
-            def timed(closure: Callable[[], float] = closure, spent: list[float] = spent) -> float:
-                start = time.perf_counter()
-                loss = closure()
-                spent.append(time.perf_counter() - start)
-                return loss
-
-            start = time.perf_counter()
-            opt.step(timed)
-            total = time.perf_counter() - start
+        for i, fit in enumerate(fits):
+            seconds, spent = fit.step(batches[t % len(batches)])
             if t >= warm_up:
-                whole[i].setdefault(len(spent), []).append(total)
+                whole[i].setdefault(len(spent), []).append(seconds)
                 inside[i].setdefault(len(spent), []).append(sum(spent))
     for row, steps, closures in zip(rows, whole, inside, strict=True):
-        row.seconds_per_step = _mean_of_medians(steps)
-        row.own_share = 1 - _mean_of_medians(closures) / row.seconds_per_step
+        row.seconds_per_step = _mean_of_medians(steps, row.kinds)
+        row.own_share = 1 - _mean_of_medians(closures, row.kinds) / row.seconds_per_step
 
 
-def _mean_of_medians(by_kind: dict[int, list[float]]) -> float:
-    n = sum(map(len, by_kind.values()))
-    return sum(statistics.median(values) * len(values) / n for values in by_kind.values())
+def _mean_of_medians(by_kind: dict[int, list[float]], kinds: Counter[int]) -> float:
+    weights = [kinds[kind] for kind in by_kind]
+    return statistics.fmean(map(statistics.median, by_kind.values()), weights if any(weights) else None)
 
 
 @dataclass
