@@ -19,7 +19,7 @@ class RST(SharpnessAware):
         base: a ``torch.optim`` class, whose options follow as keywords, or a ready instance.
         rho: radius of the perturbation, in units of the weights, >= 0.
         schedule: how p follows the training: "constant", "piecewise-1", "piecewise-2", "linear-up", "linear-down",
-            "cosine-up", "cosine-down", or a function from the progress s in [0, 1] to p. Looking late helps more.
+            "cosine-up", "cosine-down", or a function from the progress s in [0, 1] to p. Looking late is reported to help more.
         p: probability of "constant", in [0, 1].
         total_steps: steps of the whole training, for all but "constant".
         seed: of the draws, which are the same on every rank and after a resume.
