@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,6 +13,7 @@ from .. import ops
 from ..options import Scaling
 from .checks import at_least, at_least_int
 from .gradients import inverse_sq
+from .ranks import n_ranks
 
 Spec = str | Sequence[Sequence[Tensor]] | None
 
@@ -76,13 +76,18 @@ class Components:
         return [place.get(p, len(parts)) for p in params]
 
     def due(
-        self, t: int, params: Sequence[Tensor], model: nn.Module | None, scaling: Scaling, backend: str
+        self,
+        t: int,
+        params: Sequence[Tensor],
+        component: Sequence[int],
+        model: nn.Module | None,
+        scaling: Scaling,
+        backend: str,
     ) -> set[int]:
-        """The components that a look at step ``t`` samples. Their first gradients are in place."""
+        """The components that a look at step ``t`` samples. First gradients are in place; ``component``: see ``of``."""
         if not self.splits:
             return {0}
         self._read()
-        component = self.of(params, model)
         everything = {k for k, p in zip(component, params, strict=True) if p.requires_grad}
         self._norm_now = self._norms(params, component, scaling, backend) if self.change_tol is not None else {}
         if t < self.warmup_steps or _reduces_gradients(model):
@@ -138,5 +143,4 @@ class Components:
 
 def _reduces_gradients(model: nn.Module | None) -> bool:
     """Whether a reducer waits for the gradient of every parameter, so that a pass cannot be restricted."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return isinstance(model, DistributedDataParallel) or (several and torch.distributed.get_world_size() > 1)
+    return isinstance(model, DistributedDataParallel) or n_ranks() > 1

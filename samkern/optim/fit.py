@@ -48,7 +48,7 @@ def _check_before_pass(opt: StepLoop) -> None:
         raise ValueError(
             f"{type(opt.schedule).__name__} compares the two gradients of a look, and with {name} there is one"
         )
-    if opt.mask is not None and judges_gradients(opt):
+    if judges_gradients(opt):
         raise ValueError(f"{type(opt.mask).__name__} chooses by a gradient, and {name} climbs before there is one")
     check_momentum(opt, [opt.perturbation.climb(opt.options(group)) for group in opt.param_groups])
 

@@ -11,7 +11,7 @@ a plan.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -306,8 +306,9 @@ class StepLoop(OptimizerAround):
         if record.looked:
             climbs, renormalise = self._climbs()
             fit.check_momentum(self, climbs)
-            self._keeper.prepare(self._keeper.plan(), with_cache=False)
-            self._keeper.plan().perturb_along_momentum(climbs, record.report, renormalise)
+            plan = self._keeper.plan()
+            self._keeper.prepare(plan, with_cache=False)
+            plan.perturb_along_momentum(climbs, record.report, renormalise)
 
     def _climbs(self) -> tuple[list[ClimbGroup], bool]:
         """How each group climbs, and whether masked norms are renormalised."""
@@ -318,13 +319,13 @@ class StepLoop(OptimizerAround):
         return Looking(self._t, parameters_of(self.base), self.model, self._scaling, self._keeper)
 
     def _update(self, record: StepRecord) -> None:
-        mix, groups = MixOptions(), self._groups()
+        mix = MixOptions()
         if self.reuse is not None and record.parts == 1 and (record.looked or record.reuses):
-            mix = self.reuse.mix(self._t, record.looked, groups)
+            mix = self.reuse.mix(self._t, record.looked, self._groups())
         plan = self._keeper.plan(in_step=True)
         rule = self._keeper.prepare(plan, with_cache=mix.mix.fills_cache)
         if record.looked:
-            self._with_both_gradients(groups, overwrites=rule is None)
+            self._with_both_gradients(overwrites=rule is None)
         options = [rule.group(group) for group in self.param_groups] if rule else ()
         check, clip = self.nonfinite == "skip", self.max_grad_norm or 0.0
         base = rule.base if rule else Base.NONE
@@ -334,14 +335,14 @@ class StepLoop(OptimizerAround):
         if rule is None and record.had_gradients and not (judged and record.skipped):
             self.base.step()
 
-    def _with_both_gradients(self, groups: Sequence[Mapping[str, Any]], overwrites: bool) -> None:
+    def _with_both_gradients(self, overwrites: bool) -> None:
         """Of a look, before its update, which may write to gradients if it ``overwrites``."""
         if self.learned is not None and self.learned.is_due(self._t):
             self.learned.before_update(parameters_of(self.base), overwrites)
         if self.schedule.wants_change:
             self._change.before_update(self.reuse, self.schedule.stat_tensors, self._scaling)
         if self.reuse is not None:
-            self.reuse.fill_in(self._looking(), groups, self._until_done)
+            self.reuse.fill_in(self._looking(), self._groups(), self._until_done)
 
     def _settle(self, record: StepRecord) -> None:
         """The step has been taken."""
@@ -353,8 +354,9 @@ class StepLoop(OptimizerAround):
             self.reuse.settle(t, record.looked, lambda: record.was_skipped)
         if self.learned is not None:
             self.learned.settle(t, record.looked)
-        change = lambda: self._change.squares(record.report)  # noqa: E731
-        self.schedule.settle(Outcome(record.looked, lambda: record.was_skipped, change))
+        self.schedule.settle(
+            Outcome(record.looked, lambda: record.was_skipped, lambda: self._change.squares(record.report))
+        )
         if self._masking is not None:
             self._masking.settle(t, record, self._scaling)
         self._finish()

@@ -218,9 +218,9 @@ class Difference(Reuse):
         return group["beta"] != 1 or self.max_age is not None or self._components.splits
 
     def samples(self, looking: Looking) -> bool:
-        self._component = self._components.of(looking.params, looking.model)
-        backend = looking.keeper.resolved()
-        self._sampled = self._components.due(looking.t, looking.params, looking.model, looking.scaling, backend)
+        t, params, model, scaling, keeper = looking
+        self._component = self._components.of(params, model)
+        self._sampled = self._components.due(t, params, self._component, model, scaling, keeper.resolved())
         return bool(self._sampled)
 
     @property
