@@ -77,6 +77,10 @@ class SharpnessAware(StepLoop):
             second passes have memory of their own, and after a step ``p.grad`` is the first. Warm up some steps before
             recording, with ``zero_grad(set_to_none=False)``; with ``k > 1``, record a step that looks and one that does not.
             A graph does not refresh a mask: make it before, and again by ``refresh_mask()`` between replays.
+        perturb_sync: under ``DistributedDataParallel``, "global": weights climb by the reduced gradient, as in one process.
+            "local": by that of each process (m-SAM with a part for each), which saves the first reduction of a look. Needs
+            ``model=`` the wrapped model; without a closure also ``first_pass()``. Not for choices that keep or judge
+            gradients.
         nonfinite: "skip": a step with a NaN or infinite gradient changes nothing. "ignore": only the first gradient of a
             look is checked, which costs nothing.
         backend: name of the backend that runs the passes; by default the fastest one. See ``samkern.backends()``.
@@ -110,6 +114,7 @@ class SharpnessAware(StepLoop):
         cache_dtype: torch.dtype = torch.float32,
         share_rng: bool = False,
         capturable: bool = False,
+        perturb_sync: str = "global",
         nonfinite: str = "skip",
         backend: str | None = None,
         **base_options: Any,
@@ -117,6 +122,7 @@ class SharpnessAware(StepLoop):
         if max_grad_norm is not None:
             at_least("max_grad_norm", max_grad_norm, 0, strictly=True)
         one_of("cache_dtype", cache_dtype, (torch.float32, torch.bfloat16))
+        one_of("perturb_sync", perturb_sync, ("global", "local"))
         one_of("nonfinite", nonfinite, ("skip", "ignore"))
         fit.check_kinds(
             perturbation=(perturbation, Perturbation),
@@ -141,7 +147,7 @@ class SharpnessAware(StepLoop):
         self._masking = Masking(mask, self._keeper) if mask is not None else None
         super().__init__(base, options, not_per_group=OF_ALL_GROUPS)
         self.evaluations = self._t = 0
-        self.capturable = capturable
+        self.capturable, self.perturb_sync = capturable, perturb_sync
         fit.check_choices(self)
         self._put_options_on_device()
         fit.warn_of_half_precision(self)

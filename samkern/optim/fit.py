@@ -12,6 +12,7 @@ from ..options import ClimbGroup
 from .base import fused_rule
 from .checks import warn_caller
 from .keeper import parameters_of
+from .ranks import can_skip_reduction, n_ranks
 
 if TYPE_CHECKING:
     from .loop import StepLoop
@@ -27,6 +28,8 @@ def check_choices(opt: StepLoop) -> None:
         raise ValueError("radius=LearnedRadius does not go with share_rng=True: its passes have batches of their own")
     if opt.capturable:
         _check_capturable(opt)
+    if opt.perturb_sync == "local":
+        _check_local(opt)
 
 
 def check_kinds(**choices: tuple[Any, type]) -> None:
@@ -84,6 +87,31 @@ def _check_capturable(opt: StepLoop) -> None:
         )
     if opt.share_rng:
         raise ValueError("capturable=True does not go with share_rng=True: a graph cannot wind back random numbers")
+
+
+def _check_local(opt: StepLoop) -> None:
+    reasons = {
+        "a perturbation before the only pass": opt.perturbation.before_pass,
+        f"{type(opt.reuse).__name__}, which mixes both gradients": opt.reuse is not None,
+        f"{type(opt.schedule).__name__}, which judges gradients": opt.schedule.reads_gradients
+        or opt.schedule.wants_change,
+        f"{type(opt.mask).__name__}, which is chosen by gradients": judges_gradients(opt),
+        "a LearnedRadius": opt.learned is not None,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(
+                f"perturb_sync='local' does not go with {reason}: processes would drift apart; use perturb_sync='global'"
+            )
+
+
+def check_sync(opt: StepLoop) -> None:
+    """Raises ``ValueError`` if gradients cannot stay with their process, and should."""
+    if opt.perturb_sync == "local" and n_ranks() > 1 and not can_skip_reduction(opt.model):
+        raise ValueError(
+            "perturb_sync='local' needs model=, the DistributedDataParallel whose reduction it leaves out, got "
+            f"model={type(opt.model).__name__}"
+        )
 
 
 def judges_gradients(opt: StepLoop) -> bool:

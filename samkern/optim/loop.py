@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from ..batchnorm import frozen_running_stats
 from ..options import Base, ClimbGroup, Mix, MixOptions, Report, Scaling
@@ -28,10 +29,12 @@ from .checks import one_number_on
 from .fixed_gradients import FixedGradients
 from .gradients import GradientMean, norm_sq
 from .keeper import PlanKeeper, parameters_of
+from .loss_scale import LossScale
 from .mask import Mask
 from .masking import Masking
 from .perturbation import Perturbation
 from .radius import LearnedRadius
+from .ranks import largest_of_all_ranks, n_ranks, no_reduction, same_on_all_ranks
 from .record import StepRecord
 from .reuse import Looking, Reuse
 from .rng import SharedRng
@@ -45,19 +48,31 @@ class StepLoop(OptimizerAround):
 
     # Not pickled or copied: what belongs to the process, or to a step under way.
     _TRANSIENT = frozenset(
-        {"_change", "_pending", "_passed", "_until_done", "_fixed", "last_step", "grad_scale", "found_inf"}
+        {
+            "_change",
+            "_pending",
+            "_passed",
+            "_until_done",
+            "_fixed",
+            "_loss_scale",
+            "last_step",
+            "grad_scale",
+            "found_inf",
+        }
     )
 
-    # A loss scale and an overflow flag, as torch.amp.GradScaler gives them to optimizers that undo the scale themselves:
-    # float32 tensors of one entry on the parameters' device. Read in both halves of a step.
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
+    # A loss scale and an overflow flag, as scaler.step(opt) gives them to optimizers that undo the scale themselves: float32
+    # tensors of one entry on the parameters' device, read in both halves of a step. A torch.amp.GradScaler wants none there.
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    _step_supports_amp_scaling = True
 
     # In optimizers that an earlier version has pickled.
     capturable = False
     mask: Mask | None = None
     _masking: Masking | None = None
     learned: LearnedRadius | None = None
+    perturb_sync = "global"
 
     perturbation: Perturbation
     schedule: Schedule
@@ -75,7 +90,13 @@ class StepLoop(OptimizerAround):
     _passed: StepRecord | None  # what perturbed() leaves for step()
 
     @torch.no_grad()
-    def step(self, closure: Closure | Sequence[Closure] | None = None, *, val_closure: Closure | None = None) -> Any:
+    def step(
+        self,
+        closure: Closure | Sequence[Closure] | None = None,
+        *,
+        val_closure: Closure | None = None,
+        scaler: GradScaler | None = None,
+    ) -> Any:
         """One step: evaluates ``closure`` once, or twice if the schedule looks, and returns what it returned first.
 
         ``closure`` zeroes the gradients, computes the loss, calls ``backward`` and returns the loss. If it raises in the
@@ -88,15 +109,29 @@ class StepLoop(OptimizerAround):
         ``val_closure``: the same on a validation batch, for a ``LearnedRadius``, which calls both once more every ``period``
         steps. If one of them raises then, the step has been taken, and the radius stays.
 
-        None: after ``perturbed()``.
+        ``scaler``: a ``torch.amp.GradScaler`` by which the closures scale their losses (``scaler.scale(loss).backward()``);
+        they unscale nothing. A NaN or infinite gradient in either pass skips the step, and ``scaler.update()``, which is due
+        after it, lowers the scale.
+
+        None: after ``perturbed()``, or as ``second_step()`` after ``first_step()``, so that ``scaler.step(opt)`` and training
+        loops of others can end a step.
 
         Raises:
             TypeError: no closure, one that returns no loss where that is needed, or a gradient that is sparse or complex;
                 weights and state are as they were.
             ValueError: no ``val_closure``, or several closures, where the choices need or exclude them.
         """
+        if closure is None and self._pending is not None:
+            return self.second_step()
         fit.check_closures(self, closure, val_closure)
         self.require_idle("step()")
+        try:
+            self._take(scaler)
+            return self._step(closure, val_closure)
+        finally:
+            self._loss_scale.let_go()
+
+    def _step(self, closure: Closure | Sequence[Closure] | None, val_closure: Closure | None) -> Any:
         if closure is None:
             return self._step_after_pass()
         closures = [closure] if callable(closure) else list(closure)
@@ -111,7 +146,8 @@ class StepLoop(OptimizerAround):
 
     def _step_of_one(self, closure: Closure) -> Any:
         rng = SharedRng(parameters_of(self.base)) if self.share_rng else None
-        loss = _evaluate(closure)
+        with self.first_pass():
+            loss = _evaluate(closure)
         if self.learned is not None:
             fit.check_loss(loss)
         try:
@@ -184,18 +220,38 @@ class StepLoop(OptimizerAround):
         self._pending = self._passed
         self.second_step()
 
+    def first_pass(self) -> contextlib.AbstractContextManager[None]:
+        """Around the first pass of a step without a closure: what ``perturb_sync="local"`` asks of it.
+
+        ``with opt.first_pass(): loss_fn(net(x), y).backward()``, and then ``first_step()``. The forward, too, and all
+        micro-batches. If the step will climb by each process's own gradient, none is reduced; else nothing is different.
+        """
+        fit.check_sync(self)
+        return no_reduction(self.model) if self._climbs_locally() else contextlib.nullcontext()
+
+    def _climbs_locally(self) -> bool:
+        """Whether this step, before its first pass, will climb by the gradient of its own process alone."""
+        if self.perturb_sync == "global" or n_ranks() == 1:
+            return False
+        return self.schedule.decide(Now(self._t, self._norm_sq)) == Decision.LOOK
+
     @torch.no_grad()
-    def first_step(self, zero_grad: bool = False) -> bool:
+    def first_step(self, zero_grad: bool = False, *, scaler: GradScaler | None = None) -> bool:
         """First half of a step, after the first backward. Returns whether a second backward is wanted.
 
         If so, weights are perturbed until ``second_step()`` or ``restore()``, and the gradients have been taken from the
         parameters, so that the second backward does not add to them. ``zero_grad=True`` frees them (unless the method
         needs them), which saves their memory; ``restore()`` then cannot put them back. If not, nothing has changed: go
         on to ``second_step()`` without another backward.
+
+        ``scaler``: by which the losses of both passes are scaled, see ``step()``. Then ``second_step()``, or
+        ``scaler.step(opt)`` (before which ``scaler.unscale_(opt)`` may be called, to clip the second gradients); and
+        ``scaler.update()``.
         """
         fit.check_halves(self)
         self.require_idle("first_step()")
         try:
+            self._take(scaler)
             return self._first_half(keep=not zero_grad)
         except BaseException:
             self.restore()
@@ -209,13 +265,24 @@ class StepLoop(OptimizerAround):
         record = self._pending
         try:
             record = replace(record, had_gradients=record.had_gradients or self._has_gradients())
+            if self._loss_scale.was_undone():
+                self._scale_gradients()
             self._update(record)
         except BaseException:
             self.restore()
             raise
         self._settle(record)
+        self._loss_scale.tell(record.was_skipped)
         if zero_grad:
             self.zero_grad()
+
+    def _take(self, scaler: GradScaler | None) -> None:
+        self._loss_scale.take(scaler, self._keeper.kept.skips.device)
+
+    def _scale_gradients(self) -> None:
+        """Both gradients of a step have the same scale."""
+        gradients = [p.grad for p in parameters_of(self.base) if p.grad is not None]
+        torch._foreach_mul_(gradients, self._scaling.grad_scale)
 
     @contextlib.contextmanager
     def perturbed(self) -> Iterator[None]:
@@ -253,6 +320,7 @@ class StepLoop(OptimizerAround):
             self._masking.undo()
         if self.learned is not None:
             self.learned.forget()
+        self._loss_scale.let_go()
         self._passed = None
         self._finish()
 
@@ -295,6 +363,8 @@ class StepLoop(OptimizerAround):
             self.reuse.restrict(self._looking(), self._until_done)
         keep = keep or self.reuse is not None
         self._keeper.plan().perturb(climbs, keep, record.report, self._scaling, renormalise)
+        if self.perturb_sync == "local":  # one process that skips makes all of them skip
+            largest_of_all_ranks(record.report[Report.SKIPPED_FIRST], self.model)
         if self.capturable:
             self._fixed.lend()
         if self.model is not None:
@@ -327,11 +397,11 @@ class StepLoop(OptimizerAround):
         if record.looked:
             self._with_both_gradients(overwrites=rule is None)
         options = [rule.group(group) for group in self.param_groups] if rule else ()
-        check, clip = self.nonfinite == "skip", self.max_grad_norm or 0.0
+        check, clip = self.nonfinite == "skip" or self._loss_scale.is_used, self.max_grad_norm or 0.0
         base = rule.base if rule else Base.NONE
         plan.update(base, options, mix, record.looked, check, clip, record.report, self._scaling)
         # A foreign step cannot be told by a flag on the device to do nothing: the one host read of a step.
-        judged = check or self.found_inf is not None
+        judged = check or self._scaling.found_inf is not None
         if rule is None and record.had_gradients and not (judged and record.skipped):
             self.base.step()
 
@@ -355,7 +425,7 @@ class StepLoop(OptimizerAround):
         if self.learned is not None:
             self.learned.settle(t, record.looked)
         self.schedule.settle(
-            Outcome(record.looked, lambda: record.was_skipped, lambda: self._change.squares(record.report))
+            Outcome(record.looked, lambda: record.was_skipped, lambda: self._change_of_look(record.report))
         )
         if self._masking is not None:
             self._masking.settle(t, record, self._scaling)
@@ -392,13 +462,19 @@ class StepLoop(OptimizerAround):
 
     def _norm_sq(self) -> Tensor:
         device, backend = self._keeper.kept.skips.device, self._keeper.resolved()
-        return norm_sq([p.grad for p in parameters_of(self.base)], self._scaling, backend, device)
+        return same_on_all_ranks(norm_sq([p.grad for p in parameters_of(self.base)], self._scaling, backend, device))
+
+    def _change_of_look(self, report: Tensor) -> tuple[Tensor, Tensor]:
+        change_sq, grad_sq = same_on_all_ranks(torch.stack(self._change.squares(report)))
+        return change_sq, grad_sq
 
     @property
     def _scaling(self) -> Scaling:
-        for name in Scaling._fields:
-            one_number_on(name, getattr(self, name), self._keeper.kept.skips.device)
-        return Scaling(self.grad_scale, self.found_inf)
+        given = [getattr(self, name, None) for name in Scaling._fields]
+        for name, value in zip(Scaling._fields, given, strict=True):
+            one_number_on(name, value, self._keeper.kept.skips.device)
+        scaling = Scaling(*given)
+        return scaling if self._loss_scale.scale is None else scaling._replace(grad_scale=self._loss_scale.scale)
 
     def _finish(self) -> None:
         self._pending = None
@@ -421,7 +497,7 @@ class StepLoop(OptimizerAround):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._pending = self._passed = self.last_step = None
         self._until_done = contextlib.ExitStack()
-        self._fixed = FixedGradients()
+        self._fixed, self._loss_scale = FixedGradients(), LossScale(self)
         super().__setstate__(state)
         self._change = Change(self._keeper)
 

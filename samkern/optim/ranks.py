@@ -1,9 +1,11 @@
-"""What all processes of a training must agree on."""
+"""What all processes of a training must agree on, and what each of them has for itself."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def n_ranks() -> int:
@@ -12,7 +14,26 @@ def n_ranks() -> int:
     return torch.distributed.get_world_size() if known else 1
 
 
-def same_on_all_ranks(x: Tensor) -> None:
-    """Writes rank 0's ``x`` on all ranks: passes need not be bitwise equal across them."""
+def same_on_all_ranks(x: Tensor) -> Tensor:
+    """Writes rank 0's ``x`` on all ranks: passes need not be bitwise equal across them. Returns ``x``."""
     if n_ranks() > 1:
         torch.distributed.broadcast(x, src=0)
+    return x
+
+
+def largest_of_all_ranks(x: Tensor, model: nn.Module | None) -> None:
+    """Writes the largest ``x`` among the processes that share ``model``."""
+    if n_ranks() > 1:
+        group = getattr(model, "process_group", None)
+        torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX, group=group)
+
+
+def can_skip_reduction(model: nn.Module | None) -> bool:
+    """Whether gradients of ``model`` can stay with their process: ``DistributedDataParallel`` and its like."""
+    return callable(getattr(model, "no_sync", None))
+
+
+def no_reduction(model: nn.Module | None) -> AbstractContextManager[None]:
+    """In the block, gradients of ``model`` stay with their process."""
+    reduced: AbstractContextManager[None] = model.no_sync()  # type: ignore[union-attr, operator]
+    return reduced
