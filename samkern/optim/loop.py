@@ -265,8 +265,7 @@ class StepLoop(OptimizerAround):
         record = self._pending
         try:
             record = replace(record, had_gradients=record.had_gradients or self._has_gradients())
-            if self._loss_scale.was_undone():
-                self._scale_gradients()
+            self._loss_scale.redo([p.grad for p in parameters_of(self.base) if p.grad is not None])
             self._update(record)
         except BaseException:
             self.restore()
@@ -278,11 +277,6 @@ class StepLoop(OptimizerAround):
 
     def _take(self, scaler: GradScaler | None) -> None:
         self._loss_scale.take(scaler, self._keeper.kept.skips.device)
-
-    def _scale_gradients(self) -> None:
-        """Both gradients of a step have the same scale."""
-        gradients = [p.grad for p in parameters_of(self.base) if p.grad is not None]
-        torch._foreach_mul_(gradients, self._scaling.grad_scale)
 
     @contextlib.contextmanager
     def perturbed(self) -> Iterator[None]:

@@ -48,9 +48,10 @@ class LossScale:
             )
         self._scaler, self.scale = scaler, scaler.scale(torch.ones((), device=device))
 
-    def was_undone(self) -> bool:
-        """Whether the second gradients are without the scale: somebody has called ``unscale_`` to clip them."""
-        return self._scaler is not None and _has_unscaled(self._scaler, self._owner)
+    def redo(self, second: list[Tensor]) -> None:
+        """Scales second gradients again that ``unscale_`` has unscaled, for somebody to clip them: both have one scale."""
+        if self._scaler is not None and self.scale is not None and _has_unscaled(self._scaler, self._owner):
+            torch._foreach_mul_(second, self.scale)
 
     def tell(self, skipped: Tensor) -> None:
         """Tells the scaler whether the step was skipped; after this ``scaler.update()`` is due.
