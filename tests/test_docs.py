@@ -9,19 +9,22 @@ import pkgutil
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import samkern
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+from .recipes import README, ROOT, python_blocks
+
+# What is written of them is run in their own test files: they need packages that take seconds to import.
+INTEGRATIONS = ("lightning", "transformers", "accelerate")
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(samkern.__path__, "samkern.")
-    if not module.name.endswith(("._C", ".__main__")) and ".demo" not in module.name
+    if not module.name.endswith(("._C", ".__main__"))
+    and ".demo" not in module.name
+    and module.name.removeprefix("samkern.integrations.") not in INTEGRATIONS
 ]
 
 
@@ -68,7 +71,12 @@ def test_every_public_name_is_documented_with_an_example(name):
                 assert inspect.getdoc(function), f"{name}.{method} has no docstring"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+EXAMPLES = [
+    path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem.removeprefix("with_") not in INTEGRATIONS
+]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples(path):
     result = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stderr
@@ -81,7 +89,7 @@ def test_examples(path):
 
 def test_code_in_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    blocks = python_blocks(without="samkern.integrations")
     assert blocks
     namespace = {}
     for block in blocks:
@@ -159,6 +167,7 @@ ARROWS = {  # a module may import from the left of itself only
     "fisher": {"ops", "reference", "samples", "tensors", "undisturbed"},
     "optim": {"backends", "batchnorm", "bitmask", "fisher", "ops", "options", "philox", "plan", "reference", "tensors"},
     "history": {"optim"},
+    "integrations": {"optim"},
     "sharpness": set(),
     "demo": {"backends", "fisher", "optim", "sharpness"},
 }

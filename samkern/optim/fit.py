@@ -151,8 +151,17 @@ def _check_parts(opt: StepLoop) -> None:
             raise ValueError(f"several closures, each with its own gradient, do not go with {reason}; pass one closure")
 
 
+def _check_is_itself(opt: StepLoop, what: str) -> None:
+    if "base" not in vars(opt):  # Lightning's wrapper inherits our methods, and would keep what they set
+        raise TypeError(
+            f"{what} of {type(opt).__name__}, which wraps an optimizer of samkern but keeps no state for it: call it on what "
+            "is wrapped (its .optimizer), or derive the module from samkern.integrations.lightning.SharpnessAwareModule"
+        )
+
+
 def check_halves(opt: StepLoop) -> None:
-    """Raises ``RuntimeError`` if a step cannot be taken in two halves, after a first pass."""
+    """Raises ``RuntimeError`` if a step cannot be taken in two halves, after a first pass; ``TypeError`` of a wrapper."""
+    _check_is_itself(opt, "first_step()")
     if opt.share_rng:
         raise RuntimeError("share_rng=True needs step(closure): first_step() comes after the first pass has drawn")
     if opt.perturbation.before_pass:
@@ -163,7 +172,8 @@ def check_halves(opt: StepLoop) -> None:
 
 
 def check_perturbed(opt: StepLoop) -> None:
-    """Raises ``RuntimeError`` if the perturbation comes after a first pass."""
+    """Raises ``RuntimeError`` if the perturbation comes after a first pass; ``TypeError`` of a wrapper."""
+    _check_is_itself(opt, "perturbed()")
     if not opt.perturbation.before_pass:
         name = type(opt.perturbation).__name__
         raise RuntimeError(f"{name} climbs along a gradient, after a first pass: use first_step() and second_step()")
