@@ -52,7 +52,7 @@ class SharpnessAwareModule(LightningModule):
         TypeError: the optimizer is none of samkern's.
         RuntimeError: ``training_step`` takes a ``dataloader_iter``, or ``on_train_batch_start`` was overridden without
             calling ``super()``; ``MSAM`` accumulates gradients in automatic optimization.
-        ValueError: ``gradient_clip_algorithm="value"`` with a method that keeps gradients.
+        ValueError: ``gradient_clip_algorithm="value"`` with a method that mixes gradients.
 
     >>> from lightning.pytorch import Trainer
     >>> class Net(SharpnessAwareModule):
@@ -127,8 +127,8 @@ class SharpnessAwareModule(LightningModule):
             clip_by(opt, gradient_clip_val)
         elif opt.reuse is not None:
             raise ValueError(
-                f"gradient_clip_algorithm='value' would change what {type(opt.reuse).__name__} keeps of gradients: clip by "
-                "'norm', which the optimizer does itself"
+                f"gradient_clip_algorithm='value' would change one of the gradients that {type(opt.reuse).__name__} mixes: "
+                "clip by 'norm', which the optimizer does itself"
             )
         else:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
