@@ -138,6 +138,12 @@ def assert_same(net, loop):
         assert torch.equal(ours, theirs), name
 
 
+def assert_same_norms(trainer, loop):
+    """Of first gradients, which are those of the loss, not of the scaled loss."""
+    ours, theirs = trainer.optimizers[0].last_step.grad_norm, loop.opt.last_step.grad_norm
+    assert ours is theirs is None or torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_automatic_optimization(method):
     net, loop = Net(method), Loop(method).run()
@@ -148,6 +154,7 @@ def test_automatic_optimization(method):
     assert trainer.global_step == net.seen["before_step"] == 14
     assert net.seen["losses"] == loop.losses  # those of first passes
     assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 14
+    assert opt.step._wrapped_by_lr_sched  # as the scheduler has left it
 
 
 def test_without_the_integration_a_closure_does():
@@ -250,6 +257,7 @@ def test_16_mixed(method):
     assert plugin.scaler.state_dict() == scaler.state_dict()
     assert plugin.scaler.get_scale() > 2.0**10  # it has grown
     assert trainer.optimizers[0].skips == 0
+    assert_same_norms(trainer, loop)
 
 
 def test_16_mixed_clips_and_skips_what_overflows():
@@ -324,7 +332,7 @@ class Manual(Net):
 @pytest.mark.parametrize("plugins", [None, half], ids=["32", "16-mixed"])
 @pytest.mark.parametrize("how", ["halves", "closure", "perturbed"])
 def test_manual_optimization(how, plugins):
-    method = "MSAM" if how == "perturbed" else "LookSAM"
+    method = {"halves": "SAM", "closure": "LookSAM", "perturbed": "MSAM"}[how]
     net = Manual(method, how)
     trainer = fit(net, plugins=plugins and plugins())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3) if plugins else None
@@ -332,6 +340,7 @@ def test_manual_optimization(how, plugins):
     assert_same(net, loop)
     assert trainer.global_step == net.seen["before_step"] == 14
     assert (trainer.optimizers[0].steps, trainer.optimizers[0].evaluations) == (14, loop.opt.evaluations)
+    assert_same_norms(trainer, loop)
     if plugins:
         assert trainer.precision_plugin.scaler.get_scale() == scaler.get_scale() > 2.0**10
 
@@ -401,13 +410,15 @@ def test_no_step_where_training_step_returns_none():
             return None if batch_idx % 2 else super().training_step(batch, batch_idx)
 
         def configure_optimizers(self):
-            return super().configure_optimizers()["optimizer"]
+            return METHODS["SAM"](self.parameters(), model=self)
 
     net, loop = Sparse(), Loop()
     loop.rates.step = lambda: None
     for batch in list(loader())[::2]:
         loop.step([batch])
-    assert fit(net, max_epochs=1).optimizers[0].steps == 4
+    opt = fit(net, max_epochs=1).optimizers[0]
+    assert opt.steps == 4
+    assert "step" not in vars(opt)
     assert_same(net, loop)
 
 
