@@ -1,4 +1,4 @@
-"""What takes long to make and many tests need: made once, also by tests that are spread over processes."""
+"""One at a time, also in tests that are spread over processes: what many need is made once, what needs the machine waits."""
 
 from __future__ import annotations
 
@@ -30,10 +30,15 @@ def share() -> None:
     os.environ[SHARED] = str(folder())
 
 
+def alone(name: str) -> FileLock:
+    """Within the block no other process of these tests is in a block of this name."""
+    return FileLock(folder() / f"{name}.lock")
+
+
 def made(name: str, make: Callable[[Path], object]) -> Path:
     """The file that ``make`` writes to the path it is given. Whoever asks first makes it; the others wait."""
     path = folder() / name
-    with FileLock(f"{path}.lock"):
+    with alone(name):
         if not path.exists():
             unfinished = path.with_name(f"unfinished-{name}")
             make(unfinished)

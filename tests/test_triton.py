@@ -72,7 +72,7 @@ def interpreted(request):
         yield run
 
 
-@pytest.mark.takes(200)
+@pytest.mark.takes(100)
 def test_interpreted(interpreted):
     """Whole optimizers, half-steps and list ops against the reference, bit by bit."""
     result = interpreted("test_interpreted")
@@ -223,6 +223,7 @@ def test_barriers_release_and_acquire(compiled):
         assert fact["acquires"] >= barriers, fact
 
 
+@pytest.mark.takes(20)
 def test_the_barrier_stress_compiles_and_computes_what_it_should():
     """For GPUs, where ``test_gpu.py`` runs it with all programs; in the interpreter there can only be one."""
     result = python("tests.triton_barrier")
@@ -239,6 +240,7 @@ def test_the_barrier_stress_compiles_and_computes_what_it_should():
     assert json.loads(result.stdout) == [barrier_stress.expected(1, 6)]
 
 
+@pytest.mark.takes(10)
 def test_launches():
     """One for each half-step and list op, and what changes from step to step compiles nothing."""
     result = python("tests.triton_launched")
