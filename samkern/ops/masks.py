@@ -165,7 +165,7 @@ def fisher_accumulate(
     [tensor([0.5000, 2.0000])]
     """
     run = implementation("fisher_accumulate", backend, reads={"g": g}, writes={"f": f})
-    run(list(f), list(g), keep, gain, scale=scale, skip=skip)
+    run(list(f), list(g), keep=keep, gain=gain, scale=scale, skip=skip)
 
 
 def _check_counts(**counts: int) -> None:
