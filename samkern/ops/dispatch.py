@@ -111,8 +111,10 @@ def _decompose(c: list[Tensor], g: list[Tensor], g_s: list[Tensor], k: Tensor) -
 
 def _with_numbers_as_tensors(op: Callable[..., Any], numbers: list[str], *args: Any, **options: Any) -> Any:
     # torch.tensor(x) would have the value at hand in the graph; in a sum the compiler keeps the variable.
-    zero = torch.zeros((), dtype=torch.float64, device="cpu")
-    values = [zero + options.pop(name) for name in numbers]
+    values = []
+    for name in numbers:
+        dtype = torch.int64 if isinstance(options[name], int) else torch.float64
+        values.append(torch.zeros((), dtype=dtype, device="cpu") + options.pop(name))
     return op(values, *args, **options)
 
 
@@ -141,8 +143,8 @@ if native is not None:
     def _define_traced(op: Any) -> tuple[Callable[..., Any], list[str]]:
         """The twin of an op whose numbers come first, in a list of tensors; and their names."""
         name, arguments, returns = re.fullmatch(r"samkern::(\w+)\((.*)\) -> (.*)", str(op._schema)).groups()
-        numbers = re.findall(r"float (\w+)", arguments)
-        others = [argument for argument in arguments.split(", ") if not argument.startswith("float ")]
+        numbers = re.findall(r"(?:float|int) (\w+)", arguments)
+        others = [argument for argument in arguments.split(", ") if not argument.startswith(("float ", "int "))]
         twin, arguments = f"samkern::traced_{name}", ", ".join(["Tensor[] numbers", *others]).removesuffix(", *")
         torch.library.define(twin, f"({arguments}) -> {returns}")
         names = [argument.name for argument in op._schema.arguments if argument.name not in numbers]
@@ -157,4 +159,4 @@ if native is not None:
         return getattr(torch.ops.samkern, f"traced_{name}"), numbers
 
     _found = {name: getattr(torch.ops.samkern, op).default for name, op in _OPS.items()}
-    _TRACED = {name: _define_traced(op) for name, op in _found.items() if "float " in str(op._schema)}
+    _TRACED = {name: _define_traced(op) for name, op in _found.items() if re.search(r"\b(float|int) ", str(op._schema))}
