@@ -99,7 +99,9 @@ def results(net, opt):
 
 @pytest.mark.parametrize("with_closure", [True, False], ids=["closure", "halves"])
 @pytest.mark.parametrize(
-    "method", [m for m in METHODS if m.name in ("SAM", "ASAM_filter", "LookSAM", "SSAMD", "ARSAM")], ids=lambda m: m.name
+    "method",
+    [m for m in METHODS if m.name in ("SAM", "ASAM_filter", "LookSAM", "SSAMD", "ARSAM")],
+    ids=lambda m: m.name,
 )
 def test_both_passes_run_one_graph_and_nothing_is_compiled_again(method, with_closure):
     """Over looks and steps between them, a new learning rate in each step, evaluation before and after."""
@@ -128,7 +130,9 @@ def test_a_recompile_would_be_noticed():
         step(1)
 
 
-@pytest.mark.parametrize(("how", "given", "n_graphs"), [("wrapped", True, 1), ("wrapped", False, 2), ("in place", True, 1)])
+@pytest.mark.parametrize(
+    ("how", "given", "n_graphs"), [("wrapped", True, 1), ("wrapped", False, 2), ("in place", True, 1)]
+)
 def test_which_module_is_given_as_model(how, given, n_graphs):
     """Statistics are frozen with any; the compiler sees that only if ``model=`` is not the compiled one."""
     net, twin = (make_net(torch.float32) for _ in range(2))
@@ -191,7 +195,9 @@ def test_every_set_of_sampled_components_is_a_graph():
             each.parameters(), SGD, lr=0.1, rho=0.1, window=1, max_rate=1.0, warmup_steps=0,
             components=[[each.head.weight, each.head.bias]], change_tol=0.05, max_component_age=100, model=model,
         )  # fmt: skip
-        each.register_forward_pre_hook(lambda module, x: sampled.add(tuple(p.requires_grad for p in module.parameters())))
+        each.register_forward_pre_hook(
+            lambda module, x: sampled.add(tuple(p.requires_grad for p in module.parameters()))
+        )
         step = training(model, opt)
         for t in range(12):
             step(t)
@@ -237,7 +243,7 @@ def failing_backward(net, at):
 # ---- other backends
 
 
-def autograd_and_counts():
+def counted_autograd():
     """AOTAutograd as its documentation has it for custom backends: forward and backward graphs, counted."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
@@ -256,9 +262,9 @@ def autograd_and_counts():
 
 def test_backwards_are_compiled_once():
     """Forward and backward graphs, with numbers up to rounding: the traced backward of BatchNorm is another formula."""
-    backend, counts = autograd_and_counts()
+    backend, counts = counted_autograd()
     net, twin = (make_net(torch.float32) for _ in range(2))
-    for each, model in ((net, compiled(net, "wrapped", backend)), (twin, twin)):
+    for model in (compiled(net, "wrapped", backend), twin):
         opt = method_named("LookSAM").make(model.parameters(), MOMENTUM, model=model)
         step = training(model, opt)
         for t in range(8):
@@ -275,7 +281,7 @@ def test_backwards_are_compiled_once():
 @pytest.mark.parametrize(
     ("what", "name", "n_graphs"),
     # Without a closure there are two places in the code; a pass with frozen statistics is a graph of its own.
-    [("closure", "LookSAM", 2), ("step", "LookSAM", 2), ("step", "SSAMD", 2), ("halves", "LookSAM", 2)],
+    [("closure", "LookSAM", 2), ("step", "SSAMD", 2), ("halves", "LookSAM", 2)],
 )
 def test_compiling_more_than_the_model(what, name, n_graphs):
     """A graph for each kind of pass, and of our half-steps none."""
@@ -371,7 +377,9 @@ def test_a_whole_graph_of_a_step_is_refused():
 
     before = weights(net)
     for function in (opt.first_step, opt.second_step):
-        with pytest.raises(Exception, match="samkern's half-steps call native kernels .* compile the model or the closure"):
+        with pytest.raises(
+            Exception, match=r"samkern's half-steps call native kernels .* compile the model or the closure"
+        ):
             torch.compile(function, fullgraph=True, backend=Counting())()
     assert same_bits(weights(net), before)
 

@@ -142,7 +142,7 @@ if native is not None:
     # takes them as float64 tensors on the CPU, which cost nothing to read.
     def _define_traced(op: Any) -> tuple[Callable[..., Any], list[str]]:
         """The twin of an op whose numbers come first, in a list of tensors; and their names."""
-        name, arguments, returns = re.fullmatch(r"samkern::(\w+)\((.*)\) -> (.*)", str(op._schema)).groups()
+        [(name, arguments, returns)] = re.findall(r"samkern::(\w+)\((.*)\) -> (.*)", str(op._schema))
         numbers = re.findall(r"(?:float|int) (\w+)", arguments)
         others = [argument for argument in arguments.split(", ") if not argument.startswith(("float ", "int "))]
         twin, arguments = f"samkern::traced_{name}", ", ".join(["Tensor[] numbers", *others]).removesuffix(", *")

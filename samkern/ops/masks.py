@@ -20,7 +20,8 @@ def topk_mask(scores: Tensors, k: int, *, nan: str = "raise", backend: str | Non
     Args:
         scores: of any size and sign, float32, float64, bfloat16 or float16; those that are not row-major are copied.
         k: from 0 to the number of entries.
-        nan: "raise", which reads one number back from the device, or "last": a NaN ranks below -inf.
+        nan: "raise", which reads one number back from the device (and breaks a compiled graph), or "last": a NaN ranks
+            below -inf.
         backend: as for the optimizers.
 
     Raises:

@@ -11,7 +11,9 @@ import torch
 P = ParamSpec("P")
 R = TypeVar("R")
 
-REASON = "samkern's half-steps call native kernels and restore weights if something fails; compile the model or the closure"
+REASON = (
+    "samkern's half-steps call native kernels and restore weights if something fails; compile the model or the closure"
+)
 
 
 def eager(function: Callable[P, R]) -> Callable[P, R]:
@@ -26,7 +28,7 @@ def eager(function: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         nonlocal disabled
         if disabled is None:  # not before: it imports the compiler, which takes seconds
-            disabled = torch.compiler.disable(function, reason=REASON)
+            disabled = torch.compiler.disable(function, reason=REASON)  # type: ignore[no-untyped-call]
         return disabled(*args, **kwargs)
 
     return run
