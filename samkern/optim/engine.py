@@ -17,6 +17,7 @@ from .keeper import PlanKeeper, parameters_of
 from .loop import StepLoop
 from .mask import Losses, Mask
 from .masking import Masking
+from .memory import Memory, at_peak, now
 from .perturbation import Euclidean, Perturbation
 from .radius import LearnedRadius
 from .reuse import Reuse
@@ -77,6 +78,9 @@ class SharpnessAware(StepLoop):
             second passes have memory of their own, and after a step ``p.grad`` is the first. Warm up some steps before
             recording, with ``zero_grad(set_to_none=False)``; with ``k > 1``, record a step that looks and one that does not.
             A graph does not refresh a mask: make it before, and again by ``refresh_mask()`` between replays.
+        keep_gradients: whether ``step(closure)`` holds the first gradients through the second pass only to put them back if
+            that fails. False frees them, which is the memory of one gradient where a step needs most; methods that mix or
+            compare the two gradients hold them all the same, and so does ``capturable``. See ``memory()``.
         nonfinite: "skip": a step with a NaN or infinite gradient changes nothing. "ignore": only the first gradient of a
             look is checked, which costs nothing.
         backend: name of the backend that runs the passes; by default the fastest one. See ``samkern.backends()``.
@@ -110,6 +114,7 @@ class SharpnessAware(StepLoop):
         cache_dtype: torch.dtype = torch.float32,
         share_rng: bool = False,
         capturable: bool = False,
+        keep_gradients: bool = True,
         nonfinite: str = "skip",
         backend: str | None = None,
         **base_options: Any,
@@ -141,7 +146,7 @@ class SharpnessAware(StepLoop):
         self._masking = Masking(mask, self._keeper) if mask is not None else None
         super().__init__(base, options, not_per_group=OF_ALL_GROUPS)
         self.evaluations = self._t = 0
-        self.capturable = capturable
+        self.capturable, self.keep_gradients = capturable, keep_gradients
         fit.check_choices(self)
         self._put_options_on_device()
         fit.warn_of_half_precision(self)
@@ -183,6 +188,13 @@ class SharpnessAware(StepLoop):
     def explain(self) -> str:
         """Which backend runs the passes, and for each group how it is perturbed and how it is updated, and why."""
         return explain(self, self._keeper)
+
+    def memory(self, peak: bool = False) -> Memory:
+        """Bytes by purpose: those that are there now, or with ``peak`` where a step has most. Also before the first step.
+
+        Between the two passes (in the closure, or after ``first_step()``) it shows the saved copy and the first gradients.
+        """
+        return at_peak(self, self._keeper) if peak else now(self, self._keeper)
 
     @property
     def skips(self) -> int:
