@@ -91,7 +91,8 @@ class LearnedRadius:
         self.forget()  # what an interrupt may have left
         self._first = [p.grad for p in params]
         if self.hyper == "diag":
-            self._old = {i: p.detach().clone() for i, p in enumerate(params) if p.requires_grad}
+            moving = [i for i, p in enumerate(params) if p.requires_grad or p.grad is not None]
+            self._old = {i: params[i].detach().clone() for i in moving}
 
     def before_update(self, params: Sequence[Tensor], overwrites: bool) -> None:
         """The second gradients are in place, and weights perturbed. ``overwrites``: the update may write to gradients."""
