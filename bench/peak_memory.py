@@ -1,7 +1,7 @@
 """What a training step needs at its peak beyond the weights: gradients, state, copies, activations and what passes make.
 
 ``python -m bench.peak_memory [--device cuda]`` trains real models with each method and its counterparts, prints a table and
-appends it to ``memory.csv`` of the device. What is counted is what torch's allocator hands out, over enough steps for two
+writes it to ``memory.csv`` of the device. What is counted is what torch's allocator hands out, over enough steps for two
 looks; peers run in the setting in which they need least, with first gradients freed before the second pass.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -37,7 +37,7 @@ def mlp(width: int = 1024, depth: int = 6) -> nn.Sequential:
 
 MODELS: dict[str, tuple[Callable[[], nn.Sequential], int]] = {
     "MLP, batch 8": (mlp, 8),
-    "ResNet-18, batch 16": (nets.resnet18, 16),
+    "ResNet-18, batch 8": (nets.resnet18, 8),
 }
 
 
@@ -193,9 +193,8 @@ def difference(ends: list[Tensor], judge: list[Tensor]) -> float:
     return max(float((x - other).abs().max()) for x, other in zip(ends, judge, strict=True)) / largest
 
 
-def measure(device: torch.device) -> list[Row]:
+def measure(device: torch.device) -> Iterator[Row]:
     """All candidates; one that computes something else than the first of its method is an error."""
-    rows = []
     for model_name in MODELS:
         for method, candidates in METHODS.items():
             judge: list[Tensor] = []
@@ -204,8 +203,7 @@ def measure(device: torch.device) -> list[Row]:
                 judge = judge or ends
                 error = difference(ends, judge)
                 assert error < 1e-3, f"{method}, {name}: weights differ by {error}"
-                rows.append(row(model_name, method, name, peak, ends, error, device))
-    return rows
+                yield row(model_name, method, name, peak, ends, error, device)
 
 
 def row(model: str, method: str, name: str, peak: int, ends: list[Tensor], error: float, device: torch.device) -> Row:
@@ -243,13 +241,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(parser.parse_args().device)
-    rows = measure(device)
+    rows = []
     folder = machine.folder(device)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "memory.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()
-        writer.writerows(map(asdict, rows))
+        for one in measure(device):
+            rows.append(one)
+            writer.writerow(asdict(one))
+            file.flush()
     print(table(rows))
 
 

@@ -80,8 +80,9 @@ class Watched:
         assert most._replace(other=0) == self.foretold._replace(other=0)
 
 
-@each_method
-def test_every_tensor_is_counted_and_foretold(backend, method):
+@pytest.mark.parametrize("name", ["SAM", "ASAM_filter", "LookSAM", "SSAMD", "ARSAM"])
+def test_every_tensor_is_counted_and_foretold(backend, name):
+    method = method_named(name)
     watched = Watched(lambda params: method.make(params, base_named("momentum"), backend=backend))
     for _ in range(4):
         watched.step()
@@ -93,9 +94,11 @@ def test_every_tensor_is_counted_and_foretold(backend, method):
     assert before_update.gradients == before_update.first_gradients > 0
 
 
-@pytest.mark.parametrize("base", ["SGD", "Adam", "own_step"])
 @pytest.mark.parametrize("keep_gradients", [True, False])
-@pytest.mark.parametrize("name", ["SAM", "LookSAM", "SSAMF_batch", "GRST"])
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [("SAM", "SGD"), ("SAM", "own_step"), ("LookSAM", "Adam"), ("SSAMF_batch", "SGD"), ("GRST", "AdamW")],
+)
 def test_what_is_held_through_a_second_pass(name, keep_gradients, base):
     method = method_named(name)
     watched = Watched(lambda params: method.make(params, base_named(base), keep_gradients=keep_gradients))
@@ -107,13 +110,12 @@ def test_what_is_held_through_a_second_pass(name, keep_gradients, base):
     assert (held > 0) == (keep_gradients or name != "SAM")
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["LookSAM", "SSAMF_batch", "SSAMD"])
-def test_dtypes_and_layouts(name, dtype, memory_format):
-    """Copies of gradients in another layout are gone when the half-step that reads them is."""
+def test_dtypes_and_layouts(name, dtype):
+    """Copies of gradients in another layout are gone when the half-step that reads them is: gradients are row-major."""
     method, options = method_named(name), {"cache_dtype": torch.bfloat16} if name == "LookSAM" else {}
-    watched = Watched(lambda params: method.make(params, base_named("AdamW"), **options), dtype, memory_format)
+    watched = Watched(lambda params: method.make(params, base_named("AdamW"), **options), dtype, torch.channels_last)
     for _ in range(4):
         watched.step()
     foretold, most = watched.foretold, watched.opt.memory()
