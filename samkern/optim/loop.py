@@ -50,15 +50,8 @@ class StepLoop(OptimizerAround):
     # Not pickled or copied: what belongs to the process, or to a step under way.
     _TRANSIENT = frozenset(
         {
-            "_change",
-            "_pending",
-            "_passed",
-            "_until_done",
-            "_fixed",
-            "_loss_scale",
-            "last_step",
-            "grad_scale",
-            "found_inf",
+            *("_change", "_pending", "_passed", "_until_done", "_fixed", "_mean", "_loss_scale"),
+            *("last_step", "grad_scale", "found_inf"),
         }
     )
 
@@ -70,6 +63,7 @@ class StepLoop(OptimizerAround):
 
     # In optimizers that an earlier version has pickled.
     capturable = False
+    keep_gradients = True
     mask: Mask | None = None
     _masking: Masking | None = None
     learned: LearnedRadius | None = None
@@ -89,6 +83,7 @@ class StepLoop(OptimizerAround):
     _change: Change
     _pending: StepRecord | None  # a step under way
     _passed: StepRecord | None  # what perturbed() leaves for step()
+    _mean: GradientMean | None = None  # of several closures, while they are evaluated
 
     @torch.no_grad()
     def step(
@@ -101,7 +96,8 @@ class StepLoop(OptimizerAround):
         """One step: evaluates ``closure`` once, or twice if the schedule looks, and returns what it returned first.
 
         ``closure`` zeroes the gradients, computes the loss, calls ``backward`` and returns the loss. If it raises in the
-        second pass (an interrupt too), weights, gradients, state and counters are as they were before the step.
+        second pass (an interrupt too), weights, gradients, state and counters are as they were before the step; without
+        ``keep_gradients`` parameters then have no gradients.
 
         A list of closures is m-SAM: each is a part of the batch and has a perturbation of its own, and the base receives the
         mean of their gradients. Returns the mean of their first losses, None if one returns nothing; all together count as
@@ -152,7 +148,7 @@ class StepLoop(OptimizerAround):
         if self.learned is not None:
             fit.check_loss(loss)
         try:
-            if self._first_half(keep=True):
+            if self._first_half(keep=self.keep_gradients):
                 if rng is not None:
                     rng.rewind()
                 _evaluate(closure)
@@ -166,23 +162,26 @@ class StepLoop(OptimizerAround):
     def _step_of_parts(self, closures: Sequence[Closure]) -> Any:
         """m-SAM: every part climbs by its own gradient."""
         params = parameters_of(self.base)
-        mean, losses, reports = GradientMean(params, len(closures)), [], []
+        self._mean = mean = GradientMean(params, len(closures))
+        losses, reports = [], []
+        keep = self.keep_gradients or self.reuse is not None
         decided: StepRecord | None = None
         try:
             for closure in closures:
                 rng = SharedRng(params) if self.share_rng else None
                 losses.append(_evaluate(closure))
                 decided = self._begin() if decided is None else decided
-                first, alpha = [p.grad for p in params], None
+                first, alpha = [p.grad if keep else None for p in params], None
                 if decided.looked:
                     self._pending = record = replace(decided, report=torch.empty_like(decided.report))
-                    self._climb(True, record)
+                    self._climb(keep, record)
                     reports.append(record.report)
                     if rng is not None:
                         rng.rewind()
                     _evaluate(closure)
                     alpha = self._blend()
                 mean.add(first, alpha)
+                del first  # not through the next pass
                 self._keeper.restore()
                 self._finish()
             mean.put()
@@ -194,6 +193,8 @@ class StepLoop(OptimizerAround):
         except BaseException:
             self.restore()
             raise
+        finally:
+            self._mean = None
         return None if any(loss is None for loss in losses) else sum(losses) / len(losses)
 
     def _blend(self) -> list[float] | None:
@@ -439,17 +440,17 @@ class StepLoop(OptimizerAround):
     def _learn(self, learned: LearnedRadius, closure: Closure, val_closure: Closure) -> None:
         """Takes the gradients of both closures at the new weights, and gives them to the radius."""
         params = parameters_of(self.base)
-        before = [p.grad for p in params]
         record = self.last_step
         if record is None:
             return
+        before = learned.set_aside([p.grad for p in params])
 
-        def evaluate(closure: Closure) -> tuple[Any, list[Tensor | None]]:
+        def evaluate(closure: Closure) -> tuple[Any, Sequence[Tensor | None]]:
             for p in params:
                 p.grad = None
             loss = _evaluate(closure)
             fit.check_loss(loss)
-            return loss, [p.grad for p in params]
+            return loss, learned.set_aside([p.grad for p in params])
 
         try:
             with frozen_running_stats(self.model) if self.model is not None else contextlib.nullcontext():
@@ -494,6 +495,12 @@ class StepLoop(OptimizerAround):
             raise RuntimeError(
                 f"{what} between first_step() and second_step(): finish the step or undo it by restore()"
             )
+
+    def holders(self) -> list[object]:
+        """Whose attributes may hold tensors for a step under way, or between steps."""
+        choices = [self.schedule, self.mask, self.learned, *(self.reuse.holders() if self.reuse is not None else ())]
+        mine = [self._masking, self._change, self._fixed, self._mean, self._pending, self._passed, self.last_step]
+        return [holder for holder in (*choices, *mine) if holder is not None]
 
     # ---- copies
 

@@ -70,8 +70,9 @@ class LearnedRadius:
         """Ends what has begun for a step."""
         self.is_ready = False
         self._first: Gradients = []
-        self._old: list[Tensor] = []
+        self._old: dict[int, Tensor] = {}
         self._moves: list[tuple[int, Tensor, Tensor]] = []
+        self._aside: list[Gradients] = []
 
     def attach(self, groups: Sequence[dict[str, Any]], key: str, device: torch.device) -> None:
         """Puts the radius into the groups that are perturbed, as their option ``key``."""
@@ -89,7 +90,9 @@ class LearnedRadius:
         """The first gradients are in place."""
         self.forget()  # what an interrupt may have left
         self._first = [p.grad for p in params]
-        self._old = [p.detach().clone() for p in params] if self.hyper == "diag" else []
+        if self.hyper == "diag":
+            moving = [i for i, p in enumerate(params) if p.requires_grad or p.grad is not None]
+            self._old = {i: params[i].detach().clone() for i in moving}
 
     def before_update(self, params: Sequence[Tensor], overwrites: bool) -> None:
         """The second gradients are in place, and weights perturbed. ``overwrites``: the update may write to gradients."""
@@ -104,6 +107,17 @@ class LearnedRadius:
             else:
                 first = torch.zeros_like(g_s) if g is None else g
                 self._moves.append((i, g_s.clone() if overwrites else g_s, first))
+
+    def set_aside(self, gradients: Gradients) -> Gradients:
+        """Counts them as held until ``forget()``. Returns them."""
+        self._aside.append(gradients)
+        return gradients
+
+    def extra_bytes(self, p: Tensor, of_gradient: int, overwrites: bool) -> int:
+        """What ``p`` takes until the radius is updated, beside gradients, whose bytes are ``of_gradient``."""
+        if self.hyper == "diag":
+            return p.numel() * (p.element_size() + 2 * math_dtype(p.dtype).itemsize)
+        return of_gradient if overwrites else 0
 
     def learn(
         self,

@@ -77,6 +77,10 @@ class Reuse:
     def settle(self, t: int, looked: bool, skipped: Callable[[], Tensor]) -> None:
         """Step ``t`` is done. ``skipped()``: a 0-d bool on the device."""
 
+    def holders(self) -> list[object]:
+        """Whose attributes may hold tensors."""
+        return [self]
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint has of it, beside the cache."""
         return {}
@@ -299,6 +303,9 @@ class Difference(Reuse):
     def settle(self, t: int, looked: bool, skipped: Callable[[], Tensor]) -> None:
         if looked:
             self._components.settle(t, self._sampled, skipped())
+
+    def holders(self) -> list[object]:
+        return [self, self._components]
 
     def state(self) -> dict[str, Any]:
         return {**self._components.state(), "component": self._component}
