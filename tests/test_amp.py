@@ -381,7 +381,7 @@ def test_an_overflow_in_lets(nth, backend):
     assert same_bits(weights(net), before) == (nth <= 2)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["closure", "second_step", "scaler.step"])
 @pytest.mark.parametrize("base", ["momentum", "own_step"])
 def test_a_scaler_finds_what_is_otherwise_ignored(base, way, backend):
     net, opt = made(SAM, base_named(base), backend, nonfinite="ignore")
