@@ -587,6 +587,18 @@ def test_a_scaler_that_steps_without_a_pass(name, backend):
     assert_no_scale_is_left(net, opt)
 
 
+def test_a_scaler_that_is_given_the_closure(backend):
+    """torch looks for an overflow before the closure has run, where there is no gradient."""
+    net, opt = made(SAM, MOMENTUM, backend)
+    scaler = make_scaler()
+    scaler.scale(torch.ones(()))
+    before = snapshot(net, opt)
+    with pytest.raises(ValueError, match="found_inf must be a float32 tensor of one entry"):
+        scaler.step(opt, closure_of(opt, backward_of(net, 0, scaler)))
+    assert_untouched(net, opt, before)
+    assert_no_scale_is_left(net, opt)
+
+
 def test_a_step_within_the_block_of_msam_is_refused(backend):
     net, opt = msam(backend)
     train(by_closure, net, opt, range(2))

@@ -129,8 +129,7 @@ class StepLoop(OptimizerAround):
             self._take(scaler)
             return self._step_after_pass() if closure is None else self._step(closure, val_closure)
         except BaseException:
-            if closure is None:
-                self._forget_scaling()
+            self._forget_scaling(by_hand=closure is not None)
             raise
         finally:
             if self._pending is None:
@@ -228,9 +227,13 @@ class StepLoop(OptimizerAround):
             raise
         self.second_step()
 
-    def _forget_scaling(self) -> None:
-        """What ``scaler.step(opt)`` has set, which it takes back only if all goes well. A ``found_inf`` is of one step."""
-        if getattr(self, "found_inf", None) is not None:
+    def _forget_scaling(self, by_hand: bool) -> None:
+        """What ``scaler.step(opt)`` has set, which it takes back only if all goes well. A ``found_inf`` is of one step.
+
+        With a closure, only what no hand has set: a number, where torch found no gradient to check.
+        """
+        found = getattr(self, "found_inf", None)
+        if found is not None and not (by_hand and isinstance(found, Tensor)):
             for name in Scaling._fields:
                 vars(self).pop(name, None)
 
