@@ -669,6 +669,8 @@ def test_autocast_may_be_around_both_passes(name, block, backend):
         with whole():
             for t in range(3):
                 with each():
+                    with inner():
+                        net(torch.ones(1, 6))  # somebody has a look between two steps
                     backward = backward_of(net, t, autocast=inner)
                     if name == "m-SAM":
                         parts = (backward, backward_of(net, 10 + t, autocast=inner))

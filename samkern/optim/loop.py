@@ -119,6 +119,7 @@ class StepLoop(OptimizerAround):
         Raises:
             TypeError: no closure, one that returns no loss where that is needed, or a gradient that is sparse or complex;
                 weights and state are as they were.
+            RuntimeError: as of ``first_step()``; or ``first_step()`` has not had the scaler that ends its step.
             ValueError: no ``val_closure``, or several closures, where the choices need or exclude them.
         """
         try:
@@ -268,8 +269,11 @@ class StepLoop(OptimizerAround):
         on to ``second_step()`` without another backward.
 
         ``scaler``: by which the losses of both passes are scaled, see ``step()``. Then ``second_step()``, or
-        ``scaler.step(opt)`` (before which ``scaler.unscale_(opt)`` may be called, to clip the second gradients); and
-        ``scaler.update()``.
+        ``scaler.step(opt)`` (before which ``scaler.unscale_(opt)`` may be called, to clip the second gradients; either reads
+        and writes them all once more); and ``scaler.update()``.
+
+        Raises:
+            RuntimeError: of the scaler, ``unscale_`` was called before the last pass, or ``update`` not after the last step.
         """
         fit.check_halves(self)
         self.require_idle("first_step()")
