@@ -30,7 +30,7 @@ from .eager import eager
 from .fixed_gradients import FixedGradients
 from .gradients import GradientMean, norm_sq
 from .keeper import PlanKeeper, parameters_of
-from .loss_scale import LossScale
+from .loss_scale import LossScale, is_enabled
 from .mask import Mask
 from .masking import Masking
 from .perturbation import Perturbation
@@ -116,21 +116,24 @@ class StepLoop(OptimizerAround):
         Raises:
             TypeError: no closure, one that returns no loss where that is needed, or a gradient that is sparse or complex;
                 weights and state are as they were.
+            RuntimeError: as of ``first_step()``; or ``first_step()`` has not had the scaler that ends its step.
             ValueError: no ``val_closure``, or several closures, where the choices need or exclude them.
         """
-        if closure is None and self._pending is not None:
-            return self.second_step()
-        fit.check_closures(self, closure, val_closure)
-        self.require_idle("step()")
         try:
+            if closure is None and self._pending is not None and not self.perturbation.before_pass:
+                return self._step_after_first(scaler)
+            fit.check_closures(self, closure, val_closure)
+            self.require_idle("step()")
             self._take(scaler)
-            return self._step(closure, val_closure)
+            return self._step_after_pass() if closure is None else self._step(closure, val_closure)
+        except BaseException:
+            self._forget_scaling(by_hand=closure is not None)
+            raise
         finally:
-            self._loss_scale.let_go()
+            if self._pending is None:
+                self._loss_scale.let_go()
 
-    def _step(self, closure: Closure | Sequence[Closure] | None, val_closure: Closure | None) -> Any:
-        if closure is None:
-            return self._step_after_pass()
+    def _step(self, closure: Closure | Sequence[Closure], val_closure: Closure | None) -> Any:
         closures = [closure] if callable(closure) else list(closure)
         if len(closures) > 1:
             return self._step_of_parts(closures)
@@ -217,6 +220,27 @@ class StepLoop(OptimizerAround):
             raise
         return loss
 
+    def _step_after_first(self, scaler: GradScaler | None) -> None:
+        try:
+            if not self._loss_scale.is_known and (is_enabled(scaler) or self._is_scaled()):
+                raise RuntimeError(
+                    "the losses of this step are scaled, and first_step() was not told: first_step(scaler=)"
+                )
+        except BaseException:
+            self.restore()
+            raise
+        self.second_step()
+
+    def _forget_scaling(self, by_hand: bool) -> None:
+        """What ``scaler.step(opt)`` has set, which it takes back only if all goes well. A ``found_inf`` is of one step.
+
+        With a closure, only what no hand has set: a number, where torch found no gradient to check.
+        """
+        found = getattr(self, "found_inf", None)
+        if found is not None and not (by_hand and isinstance(found, Tensor)):
+            for name in Scaling._fields:
+                vars(self).pop(name, None)
+
     def _step_after_pass(self) -> None:
         if self._passed is None:
             raise RuntimeError("step() without a closure comes after a pass within perturbed(), and there was none")
@@ -249,8 +273,11 @@ class StepLoop(OptimizerAround):
         on to ``second_step()`` without another backward.
 
         ``scaler``: by which the losses of both passes are scaled, see ``step()``. Then ``second_step()``, or
-        ``scaler.step(opt)`` (before which ``scaler.unscale_(opt)`` may be called, to clip the second gradients); and
-        ``scaler.update()``.
+        ``scaler.step(opt)`` (before which ``scaler.unscale_(opt)`` may be called, to clip the second gradients; either reads
+        and writes them all once more); and ``scaler.update()``.
+
+        Raises:
+            RuntimeError: of the scaler, ``unscale_`` was called before the last pass, or ``update`` not after the last step.
         """
         fit.check_halves(self)
         self.require_idle("first_step()")
@@ -282,6 +309,10 @@ class StepLoop(OptimizerAround):
 
     def _take(self, scaler: GradScaler | None) -> None:
         self._loss_scale.take(scaler, self._keeper.kept.skips.device)
+        self._loss_scale.is_known = self._is_scaled()
+
+    def _is_scaled(self) -> bool:
+        return any(number is not None for number in self._scaling)
 
     @eager
     @contextlib.contextmanager
@@ -338,6 +369,7 @@ class StepLoop(OptimizerAround):
 
     def _begin(self) -> StepRecord:
         """Decides what becomes of this step, whose first gradients are in place unless it climbs before its only pass."""
+        self._loss_scale.refuse_unscaled()
         self._keeper.plan()
         decision = self.schedule.decide(Now(self._t, self._norm_sq))
         if decision == Decision.LOOK and self.reuse is not None and not self.reuse.samples(self._looking()):
@@ -367,6 +399,7 @@ class StepLoop(OptimizerAround):
         self._keeper.plan().perturb(climbs, keep, record.report, self._scaling, renormalise)
         if self.perturb_sync == "local":  # one process that skips makes all of them skip
             largest_of_all_ranks(record.report[Report.SKIPPED_FIRST], self.model)
+        torch.clear_autocast_cache()
         if self.capturable:
             self._fixed.lend()
         if self.model is not None:
@@ -382,6 +415,7 @@ class StepLoop(OptimizerAround):
             plan = self._keeper.plan()
             self._keeper.prepare(plan, with_cache=False)
             plan.perturb_along_momentum(climbs, record.report, renormalise)
+            torch.clear_autocast_cache()
 
     def _climbs(self) -> tuple[list[ClimbGroup], bool]:
         """How each group climbs, and whether masked norms are renormalised."""
@@ -482,6 +516,8 @@ class StepLoop(OptimizerAround):
 
     def _finish(self) -> None:
         self._pending = None
+        # Autocast keeps half-precision copies of weights as long as its block lasts, which may be around both passes.
+        torch.clear_autocast_cache()
         self._change.forget()
         self._fixed.give_back()
         self._until_done.close()
