@@ -34,6 +34,7 @@ PRELOADED = [
     "pytest",
     __name__,
 ]
+START = 120.0  # seconds
 GRACE = 5.0  # seconds that ranks have to end by themselves after another one has failed
 
 
@@ -58,8 +59,10 @@ class Ranks:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         if not all(rank.process.is_alive() for rank in self._ranks):
             self.close()
-        while len(self._ranks) < n_ranks:
-            self._ranks.append(_Rank())
+        new = [_Rank() for _ in range(n_ranks - len(self._ranks))]
+        self._ranks += new
+        for rank in new:
+            rank.await_start()
         self._runs += 1
         ranks = self._ranks[:n_ranks]
         group = (self._store.port, f"run {self._runs}", n_ranks, timeout / 2)
@@ -90,6 +93,11 @@ class _Rank:
         self.process = context.Process(target=_serve, args=(theirs, self.stacks.name), daemon=True)
         self.process.start()
         theirs.close()
+
+    def await_start(self) -> None:
+        """The first process waits for the imports."""
+        if not self.connection.poll(START) or self.connection.recv_bytes() != b"ready":
+            raise RankError(f"a rank has not started in {START} seconds")
 
     def traceback(self) -> str:
         """Where its threads are now."""
@@ -137,6 +145,7 @@ def _serve(connection: Connection, stacks: str) -> None:
         faulthandler.enable(file)
         faulthandler.register(signal.SIGUSR1, file)
         store = None
+        connection.send_bytes(b"ready")
         while True:
             try:
                 function, args, rank, port, prefix, n_ranks, timeout = pickle.loads(connection.recv_bytes())
