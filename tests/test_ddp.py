@@ -41,7 +41,7 @@ GLOBAL = {
     "SSAMD": ("SSAMD", {"rho": 0.1, "total_steps": 12, "refresh_interval": 3}, 12),
     "MSAM": ("MSAM", {"rho": 0.1}, 12),
     "LETSSAM": ("LETSSAM", {"rho": 0.1, "period": 2, "beta": 10.0}, 12),
-    "LETSASAM_diag": ("LETSASAM", {"rho": 0.1, "period": 3, "beta": 10.0, "hyper": "diag"}, 12),
+    "LETSASAM_diag": ("LETSASAM", {"rho": 0.1, "period": 3, "beta": 1000.0, "hyper": "diag"}, 12),
     "LookLayerSAM": ("LookLayerSAM", {"rho": 0.05, "k": 3}, 12),
     "LookSAM_Adam": ("LookSAM", {"rho": 0.1, "k": 2, "scope": "tensor", "base": ADAM}, 12),
     "SAM_own_step": ("SAM", {"rho": 0.1, "base": OWN_STEP}, 12),
