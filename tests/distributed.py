@@ -20,14 +20,6 @@ from .methods import OwnStepSGD
 BATCH, CLASSES = 16, 3
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def n_ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def batch(t: int, part: int = 0, parts: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """One of equal parts of batch ``t``."""
     generator = seeded(1000 + t)
@@ -93,8 +85,12 @@ class Training:
         on_loss: Callable[[int, int, torch.Tensor], torch.Tensor] = lambda t, i, loss: loss,
         after_backward: Callable[[int, int, nn.Module], None] = lambda t, i, net: None,
     ) -> None:
-        torch.manual_seed(100 + rank())  # nothing may depend on it
-        self.net = make_net(seed=rank(), norm=norm)  # DDP gives all of them rank 0's
+        group = (ddp or {}).get("process_group")
+        self.rank, self.n_ranks = (
+            (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
+        )
+        torch.manual_seed(100 + self.rank)  # nothing may depend on it
+        self.net = make_net(seed=self.rank, norm=norm)  # DDP gives all of them rank 0's
         self.model, self.parts, self.closed, self.micro, self.after_backward = (
             self.net,
             parts,
@@ -161,7 +157,7 @@ class Training:
     def closure(self, t: int, part: int) -> Callable[[], float]:
         passes = 0
         micro = [
-            batch(t, (part * n_ranks() + rank()) * self.micro + i, self.parts * n_ranks() * self.micro)
+            batch(t, (part * self.n_ranks + self.rank) * self.micro + i, self.parts * self.n_ranks * self.micro)
             for i in range(self.micro)
         ]
 

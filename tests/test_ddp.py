@@ -145,7 +145,7 @@ def apart(method, options, agrees):
         names = ["samkern.optim.loop", "samkern.optim.masking", "samkern.optim.radius"]
         with pytest.MonkeyPatch.context() as patch:
             for name in names:
-                patch.setattr(f"{name}.same_on_all_ranks", lambda x: x)
+                patch.setattr(f"{name}.same_on_all_ranks", lambda x, model: x)
             return training.run(range(16))
     return training.run(range(16))
 
@@ -370,6 +370,32 @@ def test_batch_norm_sees_each_batch_once(ranks, sync):
     plain = ranks.run(2, with_options, {"norm": True}, 5, "RST", {**still, "p": 0.0})
     assert not differences(lefts[0].buffers, plain[0].buffers)
     assert differences(lefts[0].buffers[0], lefts[0].buffers[1])
+
+
+def in_a_group_of_two(sync, method, options):
+    """Ranks 2 and 3 train; the others do something else meanwhile."""
+    group = dist.new_group([2, 3])
+    if dist.get_rank() < 2:
+        return None
+    return train(6, method, {"rho": 0.1, **options}, sync=sync, ddp={"process_group": group})
+
+
+@pytest.mark.parametrize(
+    ("sync", "method", "options"),
+    [
+        ("local", "SAM", {}),
+        ("global", "AESAM", {"total_steps": 6}),
+        ("global", "ARSAM", {"window": 3, "warmup_steps": 3}),
+        ("global", "SSAMD", {"total_steps": 6, "refresh_interval": 2}),
+        ("global", "LETSSAM", {"period": 2}),
+    ],
+)
+def test_a_group_of_its_own_asks_no_other_rank(ranks, sync, method, options):
+    nobody, nothing, zero, one = ranks.run(4, in_a_group_of_two, sync, method, options)
+    assert nobody is nothing is None
+    assert_same_everywhere([zero, one])
+    two = ranks.run(2, with_options, {"sync": sync}, 6, method, {"rho": 0.1, **options})
+    assert not differences(vars(zero), vars(two[0]))
 
 
 # ---- ways to call it

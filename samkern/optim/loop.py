@@ -234,7 +234,7 @@ class StepLoop(OptimizerAround):
 
     def _climbs_locally(self) -> bool:
         """Whether this step, before its first pass, will climb by the gradient of its own process alone."""
-        if self.perturb_sync == "global" or n_ranks() == 1:
+        if self.perturb_sync == "global" or n_ranks(self.model) == 1:
             return False
         return self.schedule.decide(Now(self._t, self._norm_sq)) == Decision.LOOK
 
@@ -453,7 +453,7 @@ class StepLoop(OptimizerAround):
             with frozen_running_stats(self.model) if self.model is not None else contextlib.nullcontext():
                 train, val = evaluate(closure), evaluate(val_closure)
             lrs = [group["lr"] for group in self.param_groups for _ in group["params"]]
-            learned.learn(train, val, lrs, record.was_skipped, self._scaling, self._keeper.resolved())
+            learned.learn(train, val, lrs, record.was_skipped, self._scaling, self._keeper.resolved(), self.model)
         finally:
             for p, grad in zip(params, before, strict=True):
                 p.grad = grad
@@ -463,10 +463,11 @@ class StepLoop(OptimizerAround):
 
     def _norm_sq(self) -> Tensor:
         device, backend = self._keeper.kept.skips.device, self._keeper.resolved()
-        return same_on_all_ranks(norm_sq([p.grad for p in parameters_of(self.base)], self._scaling, backend, device))
+        x = norm_sq([p.grad for p in parameters_of(self.base)], self._scaling, backend, device)
+        return same_on_all_ranks(x, self.model)
 
     def _change_of_look(self, report: Tensor) -> tuple[Tensor, Tensor]:
-        change_sq, grad_sq = same_on_all_ranks(torch.stack(self._change.squares(report)))
+        change_sq, grad_sq = same_on_all_ranks(torch.stack(self._change.squares(report)), self.model)
         return change_sq, grad_sq
 
     @property

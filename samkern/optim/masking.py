@@ -131,7 +131,7 @@ class Masking:
             Sight(params, old, gradients, kept.squares, sound, losses, model, backend, t, by_hand)
         )
         if new is not None:
-            same_on_all_ranks(new.bits)
+            same_on_all_ranks(new.bits, model)
             self._put(dict(zip(params, new.parts(), strict=True)))
             self._refreshed = dict(zip(params, old.parts(), strict=True))
 
