@@ -529,6 +529,33 @@ def test_what_perturb_sync_can_be():
         samkern.SAM([nn.Parameter(torch.ones(3))], torch.optim.SGD, lr=0.1, perturb_sync="none")
 
 
+def without_first_pass(method, options):
+    """Each step without the line that is missing, and then with it."""
+    training = Training(method, options, sync="local", counts=True)
+    errors = []
+    for t in range(4):
+        try:
+            training.closure(t, 0)()
+            training.opt.first_step()
+            training.opt.second_step()
+        except RuntimeError as error:
+            errors.append((t, str(error)))
+            with training.opt.first_pass():
+                training.closure(t, 0)()
+            training.opt.first_step()
+            training.opt.restore()  # gradients are as they were: again
+            if training.opt.first_step():
+                training.closure(t, 0)()
+            training.opt.second_step()
+    return errors
+
+
+def test_a_first_pass_that_was_reduced_is_no_local_one(ranks):
+    for errors in ranks.run(2, without_first_pass, "SAMk", {"k": 2}):
+        assert [t for t, _ in errors] == [0, 2]
+        assert all("with opt.first_pass():" in error for _, error in errors)
+
+
 def refused(how, kind):
     """Errors of both ways to take a step; the weights stay, and the ranks are not out of step."""
     training = Training("SAM", sync="local", **how)

@@ -55,6 +55,7 @@ class StepLoop(OptimizerAround):
             "_until_done",
             "_fixed",
             "_loss_scale",
+            "_unreduced",
             "last_step",
             "grad_scale",
             "found_inf",
@@ -73,6 +74,7 @@ class StepLoop(OptimizerAround):
     _masking: Masking | None = None
     learned: LearnedRadius | None = None
     perturb_sync = "global"
+    _unreduced = False  # whether the gradients in place are those of this process alone
 
     perturbation: Perturbation
     schedule: Schedule
@@ -223,14 +225,21 @@ class StepLoop(OptimizerAround):
         self._pending = self._passed
         self.second_step()
 
-    def first_pass(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def first_pass(self) -> Iterator[None]:
         """Around the first pass of a step without a closure: what ``perturb_sync="local"`` asks of it.
 
         ``with opt.first_pass(): loss_fn(net(x), y).backward()``, and then ``first_step()``. The forward, too, and all
         micro-batches. If the step will climb by each process's own gradient, none is reduced; else nothing is different.
+
+        Raises:
+            ValueError: ``model=`` is not one whose reduction can be left out.
         """
         fit.check_sync(self)
-        return no_reduction(self.model) if self._climbs_locally() else contextlib.nullcontext()
+        climbs_locally = self._climbs_locally()
+        with no_reduction(self.model) if climbs_locally else contextlib.nullcontext():
+            yield
+        self._unreduced = climbs_locally
 
     def _climbs_locally(self) -> bool:
         """Whether this step, before its first pass, will climb by the gradient of its own process alone."""
@@ -250,9 +259,16 @@ class StepLoop(OptimizerAround):
         ``scaler``: by which the losses of both passes are scaled, see ``step()``. Then ``second_step()``, or
         ``scaler.step(opt)`` (before which ``scaler.unscale_(opt)`` may be called, to clip the second gradients); and
         ``scaler.update()``.
+
+        Raises:
+            RuntimeError: the choices need ``step(closure)``, or the first pass was not within ``first_pass()`` and should be.
         """
         fit.check_halves(self)
         self.require_idle("first_step()")
+        if self._climbs_locally() and not self._unreduced:
+            raise RuntimeError(
+                "perturb_sync='local': put `with opt.first_pass():` around the first forward and backward"
+            )
         try:
             self._take(scaler)
             return self._first_half(keep=not zero_grad)
@@ -417,7 +433,7 @@ class StepLoop(OptimizerAround):
     def _settle(self, record: StepRecord) -> None:
         """The step has been taken."""
         t, self._t = self._t, self._t + 1
-        self._passed = None
+        self._passed, self._unreduced = None, False
         self.evaluations += record.evaluations
         self.last_step = record
         if self.reuse is not None:
