@@ -148,6 +148,10 @@ class Plan {
 
   bool perturbed() const { return perturbed_; }
 
+  // From now on half-steps call add_up(sums), float64 [5, n_tensors + 1], between their sums and what follows from them:
+  // it adds what other processes have of the same tensors. None: the tensors are whole.
+  void add_up_with(py::object add_up) { add_up_ = std::move(add_up); }
+
   // Whether the parameters of all groups and their layouts are what the plan was built on.
   bool fits(const py::list& groups) const {
     size_t t = 0;
@@ -242,13 +246,13 @@ class Plan {
       const auto how = static_cast<Climb>(std::get<0>(climb));
       return how == Climb::kEuclidean || how == Climb::kSign;
     });
-    const bool known = momentum_sq_known_ && plain && !renormalise;
+    const bool known = momentum_sq_known_ && plain && !renormalise && !is_partial();
     climb(climbs,
           {.renormalise = renormalise,
            .along_momentum = true,
            .momentum_sq = known ? momentum_sq_.const_data_ptr<double>() : nullptr},
           report);
-    if (known || momentum_sq_known_) return;
+    if (known || momentum_sq_known_ || is_partial()) return;
     copy_sums(kAA, momentum_sq_);
     momentum_sq_known_ = true;
   }
@@ -324,6 +328,8 @@ class Plan {
         read.first = plan.grad;  // moments are left there, of another dtype than half types, but nothing reads them
         view.common_dtype = common_dtype(read);
       }
+      const AfterSums add_up = [&] { add_other_processes(view); };
+      if (is_partial()) options.after_sums = &add_up;
       if (device_) {
         device_functions()->update(view, options, index());
       } else {
@@ -355,14 +361,28 @@ class Plan {
     const Tensor table = table_of(groups, options.climb_table);
     {
       py::gil_scoped_release unlocked;
+      const PlanView view = device_ ? device_->upload(plan) : plan;
+      const AfterSums add_up = [&] { add_other_processes(view); };
+      if (is_partial()) options.after_sums = &add_up;
       if (device_) {
-        device_functions()->perturb(device_->upload(plan), options, index());
+        device_functions()->perturb(view, options, index());
       } else {
-        cpu::perturb(plan, options, torch_pool());
+        cpu::perturb(view, options, torch_pool());
       }
     }
     perturbed_ = true;
     for (const Tensor& p : params_) bump_version(p);
+  }
+
+  // Whether every tensor is a part of one that several processes have.
+  bool is_partial() const { return !add_up_.is_none(); }
+
+  void add_other_processes(const PlanView& view) {
+    const int64_t n = n_tensors() + 1;
+    const Tensor sums = device_ ? device_->workspace(view.sums, kCC * n)
+                                : at::from_blob(view.sums, {kCC * n}, at::TensorOptions(at::kDouble));
+    const py::gil_scoped_acquire locked;
+    add_up_(sums.view({kCC, n}));
   }
 
   // A row of plan.sums, as the latest pass left it.
@@ -532,6 +552,7 @@ class Plan {
   // Sums of squares of state1_, from the first climb along the momentum on.
   Tensor momentum_sq_;
   bool momentum_sq_known_ = false;
+  py::object add_up_ = py::none();
   uint64_t momentum_versions_ = 0;
   bool perturbed_ = false, gave_gradients_ = false;
 };
@@ -553,6 +574,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::arg("params"), py::arg("group"), py::arg("cache_norm"), py::arg("fresh"), py::arg("skips"),
            py::arg("on_device") = false)
       .def_property_readonly("perturbed", &Plan::perturbed)
+      .def("add_up_with", &Plan::add_up_with, py::arg("add_up").none(true))
       .def("fits", &Plan::fits)
       .def("holds", &Plan::holds)
       .def("bind_state", &Plan::bind_state)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .shards import local, locals_of
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -40,9 +42,9 @@ def check_parameters(params: Sequence[Tensor], names: Sequence[str] = ()) -> Non
         if id(p) in seen:
             raise ValueError(f"{what} was given before, as parameter {seen[id(p)]}; give a shared parameter once")
         seen[id(p)] = i
-        if overlaps_itself(p):
+        if overlaps_itself(local(p)):
             raise ValueError(f"{what}: entries share memory (strides {p.stride()}); use a .contiguous() copy")
-    _check_disjoint(params, names)
+    _check_disjoint(locals_of(params), names)
 
 
 def is_capturing(device: torch.device) -> bool:

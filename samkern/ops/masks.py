@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..bitmask import BitMask
+from ..shards import locals_of
 from .dispatch import Tensors, check_mask, implementation, row_major
 
 
@@ -164,6 +165,7 @@ def fisher_accumulate(
     >>> f
     [tensor([0.5000, 2.0000])]
     """
+    f, g = locals_of(f), locals_of(g)
     run = implementation("fisher_accumulate", backend, reads={"g": g}, writes={"f": f})
     run(list(f), list(g), keep, gain, scale=scale, skip=skip)
 

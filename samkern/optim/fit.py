@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..options import ClimbGroup
+from ..shards import is_sharded
 from .base import fused_rule
 from .checks import warn_caller
 from .keeper import parameters_of
+from .mask import DynamicMask
 from .ranks import can_skip_reduction, n_ranks
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ def check_choices(opt: StepLoop) -> None:
         _check_capturable(opt)
     if opt.perturb_sync == "local":
         _check_local(opt)
+    if any(map(is_sharded, parameters_of(opt.base))):
+        _check_sharded(opt)
 
 
 def check_kinds(**choices: tuple[Any, type]) -> None:
@@ -67,6 +71,17 @@ def check_momentum(opt: StepLoop, climbs: Sequence[ClimbGroup]) -> None:
             raise ValueError(
                 f"group {i} has momentum = 0, and there is nothing to climb along: set it, or rho = 0 for this group"
             )
+
+
+def _check_sharded(opt: StepLoop) -> None:
+    if opt.perturb_sync == "local":
+        raise ValueError(
+            "perturb_sync='local' does not go with sharded parameters, whose gradients no process has whole"
+        )
+    if opt.capturable:
+        raise ValueError("capturable=True does not go with sharded parameters, whose gradients move")
+    if isinstance(opt.mask, DynamicMask):
+        raise ValueError("DynamicMask does not go with sharded parameters; use FisherMask")
 
 
 def _check_capturable(opt: StepLoop) -> None:

@@ -13,6 +13,7 @@ from .. import backends
 from ..bitmask import BitMask
 from ..plan import Kept, TensorPlan, make_plan
 from ..reference import mask_bytes, math_dtype
+from ..shards import local, locals_of
 from ..tensors import check_parameters, is_capturing, is_dense
 from .base import FusedRule, fitted, fused_rule
 
@@ -30,7 +31,7 @@ def names_of(base: Optimizer) -> list[str]:
 def _fits(name: str, x: Tensor, p: Tensor) -> bool:
     """Whether what a checkpoint has as ``name`` can be of parameter ``p``."""
     if name == "masks":
-        return x.dtype == torch.uint8 and x.shape == (mask_bytes(p.numel()),)
+        return x.dtype == torch.uint8 and x.shape == (mask_bytes(local(p).numel()),)
     return x.shape == p.shape
 
 
@@ -133,9 +134,10 @@ class PlanKeeper:
 
     def _laid_out(self, p: Tensor, bits: Tensor) -> Tensor:
         """Bits in the order of the memory of ``p``. They keep their place, since a CUDA graph may hold the address."""
-        if p.is_contiguous():
+        part = local(p)
+        if part.is_contiguous():
             return bits
-        (laid_out,) = BitMask(bits, (p.shape,)).in_layout_of([p])
+        (laid_out,) = BitMask(bits, (part.shape,)).in_layout_of([part])
         bound = self._bound_masks.get(p)
         if bound is None or bound.shape != laid_out.shape or bound.device != laid_out.device:
             self._bound_masks[p] = laid_out
@@ -201,7 +203,8 @@ class PlanKeeper:
         for rows in (self.kept.masks, self.kept.squares):  # in row-major order whatever the layout of the weights
             rows.update({p: x.to(p.device) for p, x in rows.items()})
         group_of = [i for i, group in enumerate(self.base.param_groups) for _ in group["params"]]
-        plan = make_plan(resolved if all(map(is_dense, params)) else "reference", params, group_of, self.kept)
+        dense = all(map(is_dense, locals_of(params)))
+        plan = make_plan(resolved if dense else "reference", params, group_of, self.kept)
         self._bind(plan, fused_rule(self.base)[0])
         self._plan, self._resolved = plan, resolved
         self.bind_masks()
