@@ -182,6 +182,11 @@ def train(n_steps: int, *args: Any, **options: Any) -> Left:
     return Training(*args, **options).run(range(n_steps))
 
 
+def with_options(options: dict[str, Any], *args: Any) -> Left:
+    """``train`` with keywords, for ranks."""
+    return train(*args, **options)
+
+
 def differences(a: Any, b: Any, at: str = "") -> list[str]:
     """Where two nested values are not bitwise the same."""
     if isinstance(a, dict) and isinstance(b, dict):
@@ -201,3 +206,8 @@ def differences(a: Any, b: Any, at: str = "") -> list[str]:
 def assert_same_everywhere(lefts: list[Left]) -> None:
     for i, left in enumerate(lefts[1:], 1):
         assert not differences(vars(lefts[0]), vars(left)), f"ranks 0 and {i} differ"
+
+
+def assert_close(left: Left, right: Left) -> None:
+    """But for the order of sums in float32."""
+    torch.testing.assert_close(left.weights, right.weights, rtol=0, atol=1e-5)
