@@ -28,7 +28,7 @@ from .change import Change
 from .checks import one_number_on
 from .eager import eager
 from .fixed_gradients import FixedGradients
-from .gradients import GradientMean, norm_sq
+from .gradients import GradientMean, norm_sq, own
 from .keeper import PlanKeeper, parameters_of
 from .loss_scale import LossScale, is_enabled
 from .mask import Mask
@@ -50,7 +50,7 @@ class StepLoop(OptimizerAround):
     # Not pickled or copied: what belongs to the process, or to a step under way.
     _TRANSIENT = frozenset(
         {
-            *("_change", "_pending", "_passed", "_until_done", "_fixed", "_mean", "_loss_scale"),
+            *("_change", "_pending", "_passed", "_until_done", "_fixed", "_mean", "_loss_scale", "_unreduced"),
             *("last_step", "grad_scale", "found_inf"),
         }
     )
@@ -68,6 +68,7 @@ class StepLoop(OptimizerAround):
     _masking: Masking | None = None
     learned: LearnedRadius | None = None
     perturb_sync = "global"
+    _unreduced = False  # whether the gradients in place are those of this process alone
 
     perturbation: Perturbation
     schedule: Schedule
@@ -172,8 +173,11 @@ class StepLoop(OptimizerAround):
         try:
             for closure in closures:
                 rng = SharedRng(params) if self.share_rng else None
-                losses.append(_evaluate(closure))
+                with self.first_pass():
+                    losses.append(_evaluate(closure))
                 decided = self._begin() if decided is None else decided
+                if decided.looked and keep:
+                    own(params)
                 first, alpha = [p.grad if keep else None for p in params], None
                 if decided.looked:
                     self._pending = record = replace(decided, report=torch.empty_like(decided.report))
@@ -247,18 +251,25 @@ class StepLoop(OptimizerAround):
         self._pending = self._passed
         self.second_step()
 
-    def first_pass(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def first_pass(self) -> Iterator[None]:
         """Around the first pass of a step without a closure: what ``perturb_sync="local"`` asks of it.
 
         ``with opt.first_pass(): loss_fn(net(x), y).backward()``, and then ``first_step()``. The forward, too, and all
         micro-batches. If the step will climb by each process's own gradient, none is reduced; else nothing is different.
+
+        Raises:
+            ValueError: ``model=`` is not one whose reduction can be left out.
         """
         fit.check_sync(self)
-        return no_reduction(self.model) if self._climbs_locally() else contextlib.nullcontext()
+        climbs_locally = self._climbs_locally()
+        with no_reduction(self.model) if climbs_locally else contextlib.nullcontext():
+            yield
+        self._unreduced = climbs_locally
 
     def _climbs_locally(self) -> bool:
         """Whether this step, before its first pass, will climb by the gradient of its own process alone."""
-        if self.perturb_sync == "global" or n_ranks() == 1:
+        if self.perturb_sync == "global" or n_ranks(self.model) == 1:
             return False
         return self.schedule.decide(Now(self._t, self._norm_sq)) == Decision.LOOK
 
@@ -277,10 +288,15 @@ class StepLoop(OptimizerAround):
         and writes them all once more); and ``scaler.update()``.
 
         Raises:
+            RuntimeError: the choices need ``step(closure)``, or the first pass was not within ``first_pass()`` and should be.
             RuntimeError: of the scaler, ``unscale_`` was called before the last pass, or ``update`` not after the last step.
         """
         fit.check_halves(self)
         self.require_idle("first_step()")
+        if self._climbs_locally() and not self._unreduced:
+            raise RuntimeError(
+                "perturb_sync='local': put `with opt.first_pass():` around the first forward and backward"
+            )
         try:
             self._take(scaler)
             return self._first_half(keep=not zero_grad)
@@ -378,6 +394,8 @@ class StepLoop(OptimizerAround):
         report = torch.empty(len(Report), dtype=torch.float64, device=self._keeper.kept.skips.device)
         evaluations = 2 if looks and not before_pass else 1
         had_gradients = not before_pass and self._has_gradients()
+        if looks and not before_pass:
+            own(parameters_of(self.base))
         record = StepRecord(decision, evaluations, had_gradients, report, looks and before_pass)
         if self._masking is not None:
             overwrites = not looks and fused_rule(self.base)[0] is None
@@ -445,6 +463,7 @@ class StepLoop(OptimizerAround):
     def _with_both_gradients(self, overwrites: bool) -> None:
         """Of a look, before its update, which may write to gradients if it ``overwrites``."""
         if self.learned is not None and self.learned.is_due(self._t):
+            own(parameters_of(self.base))
             self.learned.before_update(parameters_of(self.base), overwrites)
         if self.schedule.wants_change:
             self._change.before_update(self.reuse, self.schedule.stat_tensors, self._scaling)
@@ -454,7 +473,7 @@ class StepLoop(OptimizerAround):
     def _settle(self, record: StepRecord) -> None:
         """The step has been taken."""
         t, self._t = self._t, self._t + 1
-        self._passed = None
+        self._passed, self._unreduced = None, False
         self.evaluations += record.evaluations
         self.last_step = record
         if self.reuse is not None:
@@ -483,6 +502,7 @@ class StepLoop(OptimizerAround):
             for p in params:
                 p.grad = None
             loss = _evaluate(closure)
+            own(params)
             fit.check_loss(loss)
             return loss, learned.set_aside([p.grad for p in params])
 
@@ -490,7 +510,7 @@ class StepLoop(OptimizerAround):
             with frozen_running_stats(self.model) if self.model is not None else contextlib.nullcontext():
                 train, val = evaluate(closure), evaluate(val_closure)
             lrs = [group["lr"] for group in self.param_groups for _ in group["params"]]
-            learned.learn(train, val, lrs, record.was_skipped, self._scaling, self._keeper.resolved())
+            learned.learn(train, val, lrs, record.was_skipped, self._scaling, self._keeper.resolved(), self.model)
         finally:
             for p, grad in zip(params, before, strict=True):
                 p.grad = grad
@@ -500,10 +520,11 @@ class StepLoop(OptimizerAround):
 
     def _norm_sq(self) -> Tensor:
         device, backend = self._keeper.kept.skips.device, self._keeper.resolved()
-        return same_on_all_ranks(norm_sq([p.grad for p in parameters_of(self.base)], self._scaling, backend, device))
+        x = norm_sq([p.grad for p in parameters_of(self.base)], self._scaling, backend, device)
+        return same_on_all_ranks(x, self.model)
 
     def _change_of_look(self, report: Tensor) -> tuple[Tensor, Tensor]:
-        change_sq, grad_sq = same_on_all_ranks(torch.stack(self._change.squares(report)))
+        change_sq, grad_sq = same_on_all_ranks(torch.stack(self._change.squares(report)), self.model)
         return change_sq, grad_sq
 
     @property
