@@ -439,6 +439,17 @@ def test_a_missing_update_is_found_before_the_step(backend):
         assert opt.skips == 0
 
 
+def test_a_missing_update_after_a_step_by_the_scaler(backend):
+    """Of MSAM, which the scaler has heard of from nobody but itself."""
+    net, opt = msam(backend)
+    scaler = make_scaler()
+    WAYS_OF_MSAM["scaler.step"](opt, backward_of(net, 0, scaler), scaler)
+    before = snapshot(net, opt)
+    with pytest.raises(RuntimeError, match=r"scaler.update\(\) is due after every step"):
+        by_closure(opt, backward_of(net, 1, scaler), scaler)
+    assert_untouched(net, opt, before)
+
+
 def assert_untouched(net, opt, before):
     after = snapshot(net, opt)
     assert same_bits(after[0], before[0])
