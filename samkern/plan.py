@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .backends import native
-from .options import UNSCALED, Base, BaseGroup, ClimbGroup, MixOptions, Scaling
+from .options import UNSCALED, Base, BaseGroup, ClimbGroup, Held, MixOptions, Scaling
 from .reference_plan import ReferencePlan
 from .sharded_plan import ShardedPlan
 from .shards import is_sharded
@@ -106,6 +106,9 @@ class TensorPlan(Protocol):
         Raises:
             ValueError: they do not fit the parameter.
         """
+
+    def held(self) -> Held:
+        """What the plan keeps in memory now, beside what it was given. ``samkern._C`` returns a plain tuple."""
 
     def missing_state(self, needed: Sequence[bool]) -> list[int]:
         """Parameters that have a gradient, are in a group that needs state, and have none.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .options import UNSCALED, Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report, Scaling, Scope
+from .options import UNSCALED, Base, BaseGroup, Climb, ClimbGroup, Held, Mix, MixOptions, Report, Scaling, Scope
 from .tensors import DTYPES, describe
 
 _DIRECTION = {
@@ -86,6 +86,9 @@ class ReferencePlan:
                 f"got {bits.dtype} {tuple(bits.shape)} on {bits.device}"
             )
         self._mask[index] = bits
+
+    def held(self) -> Held:
+        return Held(list(self._saved.values()), list(self._first.values()))
 
     def missing_state(self, needed: Sequence[bool]) -> list[int]:
         return [

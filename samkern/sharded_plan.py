@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .options import UNSCALED, Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report, Scaling, Scope
+from .options import UNSCALED, Base, BaseGroup, Climb, ClimbGroup, Held, Mix, MixOptions, Report, Scaling, Scope
 from .reference import kept_cache_norm
 from .shards import Shards, in_place_of, is_cut_along, is_sharded, local
 
@@ -89,6 +89,9 @@ class ShardedPlan:
     def bind_mask(self, index: int, bits: Tensor | None) -> None:
         (self._masks.discard if bits is None else self._masks.add)(index)
         self._inner.bind_mask(index, bits)
+
+    def held(self) -> Held:
+        return Held(*self._inner.held())
 
     def missing_state(self, needed: Sequence[bool]) -> list[int]:
         self._lend()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,15 @@ def check_parameters(params: Sequence[Tensor], names: Sequence[str] = ()) -> Non
         if overlaps_itself(local(p)):
             raise ValueError(f"{what}: entries share memory (strides {p.stride()}); use a .contiguous() copy")
     _check_disjoint(locals_of(params), names)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested dicts (of which keys do not count), lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(part)
 
 
 def is_capturing(device: torch.device) -> bool:

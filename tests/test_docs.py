@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -78,10 +79,16 @@ EXAMPLES = [
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples(path):
-    result = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, cwd=ROOT, check=False)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if path.stem == "ddp" else []
+    result = subprocess.run(
+        [sys.executable, *launcher, str(path)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout
     assert "nan" not in result.stdout
+    if path.stem in ("accumulate", "compiled"):
+        assert "equal up to rounding: True" in result.stdout
+        assert "False" not in result.stdout
     if path.stem == "resume":
         assert "bit-exact: True" in result.stdout
         assert "momentum handed over: True" in result.stdout
@@ -92,6 +99,8 @@ def test_code_in_the_readme_runs(tmp_path, monkeypatch):
     blocks = python_blocks(without="samkern.integrations")
     assert blocks
     namespace = {}
+    # The default backend calls g++ for seconds; examples/compiled.py does.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
 

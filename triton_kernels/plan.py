@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options import UNSCALED, Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Scaling
+from ..options import UNSCALED, Base, BaseGroup, Climb, ClimbGroup, Held, Mix, MixOptions, Scaling
 from ..reference_plan import ReferencePlan
+from ..tensors import tensors_in
 from . import common, perturb, reduce
 from .launch import check_device, registers_for, run, run_phases, types_of
 from .perturb import Climbs, perturb_kernel
@@ -117,6 +118,10 @@ class TritonPlan(ReferencePlan):
         super().bind_state(state, keys)
         self._known: set[int] = set()  # parameters for which _momentum_sq holds
         self._versions = 0  # of all moments
+
+    def held(self) -> Held:
+        tables = [vars(tables) for tables in (self._tables, self._tables_without_look) if tables is not None]
+        return Held(list(self._slots.values()), list(self._first.values()), [*tensors_in(tables), self._momentum_sq])
 
     def perturb(
         self,

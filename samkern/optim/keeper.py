@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from .. import backends
 from ..bitmask import BitMask
+from ..options import Held
 from ..plan import Kept, TensorPlan, make_plan
 from ..reference import mask_bytes, math_dtype
 from ..shards import local, locals_of
@@ -111,7 +112,7 @@ class PlanKeeper:
             self.refuse_while_recording("a cache")
         for i in missing:
             p = self.kept.params[i]
-            cache = self.kept.cache[p] = torch.zeros_like(p, dtype=self._cache_dtype(p), requires_grad=False)
+            cache = self.kept.cache[p] = torch.zeros_like(p, dtype=self.cache_dtype_of(p), requires_grad=False)
             plan.bind_cache(i, cache)
 
     def refuse_while_recording(self, what: str) -> None:
@@ -123,6 +124,21 @@ class PlanKeeper:
             raise RuntimeError(
                 f"{what} has to be made, and a graph is being recorded: take some steps before recording"
             )
+
+    def held(self) -> Held:
+        """What is in memory for the plan, if there is one, and beside what ``kept`` has by parameter."""
+        held = Held() if self._plan is None else Held(*self._plan.held())
+        scalars = [self.kept.cache_norm, self.kept.fresh, self.kept.skips]
+        return held._replace(other=[*held.other, *scalars])
+
+    def room_to_save(self, p: Tensor) -> int:
+        """Bytes that ``p`` takes in the saved copy: kernels lay it out in steps of 64 bytes."""
+        step = 1 if self._is_reference(self.resolved()) else 64
+        return -(-p.numel() * p.element_size() // step) * step
+
+    def masks_held(self) -> list[Tensor]:
+        """Those of ``kept``, and where weights are not in row-major order, the same in their order."""
+        return [*self.kept.masks.values(), *self._bound_masks.values()]
 
     def bind_masks(self) -> None:
         """Tells the plan, if there is one, which entries ``kept.masks`` lets through."""
@@ -169,7 +185,7 @@ class PlanKeeper:
             self.kept.skips.copy_(state["skips"])
             self.kept.cache_norm.copy_(state["cache_norm"])
             for i, cache in state["cache"].items():
-                self.kept.cache[params[i]] = fitted(cache, params[i], self._cache_dtype(params[i])).clone()
+                self.kept.cache[params[i]] = fitted(cache, params[i], self.cache_dtype_of(params[i])).clone()
             for name in ("masks", "squares"):
                 values = {params[i]: x.to(params[i].device, copy=True) for i, x in state.get(name, {}).items()}
                 setattr(self.kept, name, values)
@@ -199,16 +215,19 @@ class PlanKeeper:
         check_parameters(params, names_of(self.base))
         self.kept = self.kept.for_parameters(params)
         for p, cache in self.kept.cache.items():
-            self.kept.cache[p] = fitted(cache, p, self._cache_dtype(p))
+            self.kept.cache[p] = fitted(cache, p, self.cache_dtype_of(p))
         for rows in (self.kept.masks, self.kept.squares):  # in row-major order whatever the layout of the weights
             rows.update({p: x.to(p.device) for p, x in rows.items()})
         group_of = [i for i, group in enumerate(self.base.param_groups) for _ in group["params"]]
-        dense = all(map(is_dense, locals_of(params)))
-        plan = make_plan(resolved if dense else "reference", params, group_of, self.kept)
+        plan = make_plan("reference" if self._is_reference(resolved) else resolved, params, group_of, self.kept)
         self._bind(plan, fused_rule(self.base)[0])
         self._plan, self._resolved = plan, resolved
         self.bind_masks()
         return plan
+
+    def _is_reference(self, resolved: str) -> bool:
+        """Whether the reference runs the passes: other backends take no strided views with gaps."""
+        return resolved == "reference" or not all(map(is_dense, locals_of(self.kept.params)))
 
     def _bind(self, plan: TensorPlan, rule: FusedRule | None) -> None:
         state = self.base.state
@@ -219,5 +238,6 @@ class PlanKeeper:
         plan.bind_state(state if rule else {}, rule.keys if rule else ())
         self._rule = rule
 
-    def _cache_dtype(self, p: Tensor) -> torch.dtype:
+    def cache_dtype_of(self, p: Tensor) -> torch.dtype:
+        """In which ``p`` has its cache."""
         return torch.bfloat16 if self.cache_dtype == torch.bfloat16 else math_dtype(p.dtype)
