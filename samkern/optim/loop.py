@@ -313,13 +313,15 @@ class StepLoop(OptimizerAround):
         record = self._pending
         try:
             record = replace(record, had_gradients=record.had_gradients or self._has_gradients())
-            self._loss_scale.redo([p.grad for p in parameters_of(self.base) if p.grad is not None])
+            if self._loss_scale.is_used:
+                self._loss_scale.redo([p.grad for p in parameters_of(self.base) if p.grad is not None])
             self._update(record)
         except BaseException:
             self.restore()
             raise
         self._settle(record)
-        self._loss_scale.tell(record.was_skipped)
+        if self._loss_scale.is_used:
+            self._loss_scale.tell(record.was_skipped)
         if zero_grad:
             self.zero_grad()
 
