@@ -26,3 +26,12 @@ def peak_of(run: Callable[[], object]) -> int | None:
     peak = _status("VmHWM")
     del result
     return max(0, peak - before)
+
+
+def resident() -> int | None:
+    """Bytes of the process in memory, without what was freed. None but on Linux."""
+    if not Path("/proc/self/status").exists():
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS")

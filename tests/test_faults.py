@@ -16,7 +16,7 @@ from torch import nn
 import samkern
 from samkern.backends import in_interpreter
 
-from .lists import affordable, same_bits, seeded
+from .lists import affordable, same_bits, same_tree, seeded
 from .methods import BASES, MOMENTUM, SAM, base_named, each_base, each_method, method_named
 from .problems import closure_for, flat, make_net, train, weights
 
@@ -26,16 +26,6 @@ def snapshot(net, opt):
     opt_state = copy.deepcopy(opt.state_dict())
     grads = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
     return weights(net), [b.clone() for b in net.buffers()], opt_state, grads, opt.evaluations
-
-
-def same_tree(a, b):
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and same_bits([a], [b]) if a.is_floating_point() else torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_tree(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same_tree, a, b))
-    return a == b
 
 
 class Failing:

@@ -135,6 +135,7 @@ class StepLoop(OptimizerAround):
                 rng = SharedRng(params) if self.share_rng else None
                 losses.append(_evaluate(closure))
                 decided = self._begin() if decided is None else decided
+                decided = replace(decided, had_gradients=decided.had_gradients or self._has_gradients())
                 first, alpha = [p.grad for p in params], None
                 if decided.looked:
                     self._pending = record = replace(decided, report=torch.empty_like(decided.report))
