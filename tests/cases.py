@@ -25,7 +25,7 @@ Choose = Callable[[Sequence[Any]], Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """A method. ``varied``: options to choose from. ``of_groups``: those that a group may set. ``calls``: how steps are taken."""
+    """A method. ``varied``: options to choose from. ``of_groups``: those that a group may set. ``calls``: kinds of steps."""
 
     method: Method
     varied: dict[str, tuple[Any, ...]] = field(default_factory=dict)

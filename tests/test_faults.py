@@ -16,6 +16,7 @@ from torch import nn
 import samkern
 from samkern.backends import in_interpreter
 
+from .cases import subject_named
 from .lists import affordable, same_bits, same_tree, seeded
 from .methods import BASES, MOMENTUM, SAM, base_named, each_base, each_method, method_named
 from .problems import closure_for, flat, make_net, train, weights
@@ -397,3 +398,29 @@ def test_state_replaced_between_the_passes(backend):
     p.grad = torch.ones(3, dtype=torch.float64)
     opt.second_step()
     assert torch.allclose(p.detach(), before - 0.1 * (0.5 * 8.0 + 1.0), rtol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["SAM", "LookSAM", "GRST"])
+def test_clipping_by_a_norm_that_is_not_a_number(name, backend):
+    """As torch's clip_grad_norm_: nothing is left of any weight. Only without the check does it come to that."""
+    p = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
+    opt = method_named(name).make(p, MOMENTUM, max_grad_norm=1.0, nonfinite="ignore", backend=backend)
+
+    def closure():
+        p[0].grad, p[1].grad = torch.ones(2), torch.arange(3.0)
+
+    opt.step(Failing(closure, 2 if name != "LookSAM" else 9, lambda: p[0].grad.fill_(math.nan)))
+    if name == "LookSAM":  # in the step after a look, which adds something to the gradient
+        opt.step(Failing(closure, 1, lambda: p[0].grad.fill_(math.nan)))
+    assert all(bool(x.isnan().all()) for x in p)
+
+
+@pytest.mark.parametrize("name", ["AESAM", "SSAMF_batch", "LookSAM", "ARSAM"])
+def test_a_first_step_that_fails_leaves_nothing(name, backend):
+    """Neither statistics nor sums that it was the first to make."""
+    p = nn.Parameter(torch.ones(3))
+    opt = subject_named(name).method.make([p], MOMENTUM, backend=backend)
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        opt.step(Failing(lambda: setattr(p, "grad", torch.ones(3)), 2, raising(RuntimeError("out of memory"))))
+    assert same_tree(opt.state_dict(), before)

@@ -376,3 +376,12 @@ def test_gradients_that_are_missing(backend):
     opt.step([closure(None, None, None)] * 2)
     assert opt.last_step.reason == "no parameter had a gradient"
     assert same_bits([x.detach() for x in p], before)
+
+
+def test_a_gradient_in_one_part_only_is_a_gradient(backend):
+    p = nn.Parameter(torch.ones(3))
+    opt = samkern.SAM([p], SGD, lr=0.1, backend=backend)
+    opt.step([lambda: setattr(p, "grad", None), lambda: setattr(p, "grad", torch.ones(3))])
+    assert opt.last_step.reason is None
+    opt.step([lambda: setattr(p, "grad", None)] * 2)
+    assert opt.last_step.reason == "no parameter had a gradient"
