@@ -19,7 +19,7 @@ CLANG_FORMAT := $(VENV)/bin/clang-format
 BUILT := $(VENV)/installed-$(TORCH)
 endif
 
-.PHONY: install demo test lint bench kernels gpu clean build-in-place
+.PHONY: install demo test lint soak bench kernels gpu clean build-in-place
 
 install: $(BUILT)
 
@@ -50,6 +50,10 @@ lint: $(BUILT)
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 	$(CLANG_FORMAT) --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/* tests/cuda_on_cpu.* tests/*.cu
+
+# 20 minutes of random configurations and long trainings, whose memory is watched: OPTIONS="--minutes 2 --seed 7".
+soak: $(BUILT)
+	$(RUN) -m tests.soak $(OPTIONS)
 
 bench: $(BUILT)
 	$(RUN) -m pytest bench -q $(OPTIONS)

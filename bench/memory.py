@@ -48,3 +48,12 @@ def peak_allocated(run: Callable[[], object], device: torch.device) -> int:
         run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def resident() -> int | None:
+    """Bytes of the process in memory, without what was freed. None but on Linux."""
+    if not Path("/proc/self/status").exists():
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS")

@@ -62,10 +62,10 @@ SAMKERN_INLINE double kept_cache_norm(double cc, double second_sq, double min_si
   return norm > min_sine * std::sqrt(second_sq) ? norm : 0;
 }
 
-// torch.nn.utils.clip_grad_norm_: min(1, max_norm / (norm + 1e-6)).
+// torch.nn.utils.clip_grad_norm_: min(1, max_norm / (norm + 1e-6)), NaN if the norm is.
 SAMKERN_INLINE double clip_factor(double max_norm, double norm) {
   const double factor = max_norm / (norm + 1e-6);
-  return factor < 1 ? factor : 1;
+  return factor >= 1 ? 1 : factor;
 }
 
 }  // namespace samkern::scalars

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from .options import UNSCALED, Base, BaseGroup, Climb, ClimbGroup, Held, Mix, MixOptions, Report, Scaling, Scope
-from .tensors import DTYPES, describe
+from .tensors import DTYPES, describe, overlaps_itself
 
 _DIRECTION = {
     Climb.SIGN: "sign",
@@ -410,6 +410,8 @@ class ReferencePlan:
             return
         u = torch.empty_like(grad, dtype=reference.math_dtype(p.dtype))
         reference.mix([u], [grad], **parts)
+        if overlaps_itself(grad):  # as the backward of a sum leaves it
+            p.grad = grad = grad.clone(memory_format=torch.contiguous_format)
         grad.copy_(torch.where(skip, grad, u))
 
     def _restore_weights(self) -> None:

@@ -98,6 +98,17 @@ def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
     )
 
 
+def same_tree(a: object, b: object) -> bool:
+    """Equal values all through dicts and lists; tensors bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and same_bits([a], [b]) if a.is_floating_point() else torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same_tree(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_tree, a, b))
+    return a == b
+
+
 def agree(a: list[Tensor], b: list[Tensor], backend: str) -> bool:
     """Whether weights trained on a backend are the reference's: bitwise, float64 but for the order of additions.
 

@@ -639,3 +639,13 @@ def test_a_plain_checkpoint_starts_afresh(backend):
     assert opt.schedule.state() == Budget(**{k: v for k, v in BUSY.items() if k != "rho"}).state()
     train(net, opt, range(5))
     assert opt.evaluations == 10  # a warm-up again
+
+
+def test_a_look_without_any_gradient(backend):
+    """After one that had them: there is something to reuse, and nothing to measure."""
+    p = nn.Parameter(torch.ones(3))
+    opt = samkern.ARSAM([p], torch.optim.SGD, lr=0.1, warmup_steps=3, backend=backend)
+    for there in (True, False, True):
+        opt.step(lambda there=there: setattr(p, "grad", torch.ones(3) if there else None))
+    assert opt.evaluations == 6
+    assert opt.steps == 3

@@ -16,7 +16,8 @@ from torch import nn
 import samkern
 from samkern.backends import in_interpreter
 
-from .lists import affordable, same_bits, seeded
+from .cases import subject_named
+from .lists import affordable, same_bits, same_tree, seeded
 from .methods import BASES, MOMENTUM, SAM, base_named, each_base, each_method, method_named
 from .problems import closure_for, flat, make_net, train, weights
 
@@ -26,16 +27,6 @@ def snapshot(net, opt):
     opt_state = copy.deepcopy(opt.state_dict())
     grads = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
     return weights(net), [b.clone() for b in net.buffers()], opt_state, grads, opt.evaluations
-
-
-def same_tree(a, b):
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and same_bits([a], [b]) if a.is_floating_point() else torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_tree(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same_tree, a, b))
-    return a == b
 
 
 class Failing:
@@ -407,3 +398,29 @@ def test_state_replaced_between_the_passes(backend):
     p.grad = torch.ones(3, dtype=torch.float64)
     opt.second_step()
     assert torch.allclose(p.detach(), before - 0.1 * (0.5 * 8.0 + 1.0), rtol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["SAM", "LookSAM", "GRST"])
+def test_clipping_by_a_norm_that_is_not_a_number(name, backend):
+    """As torch's clip_grad_norm_: nothing is left of any weight. Only without the check does it come to that."""
+    p = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
+    opt = method_named(name).make(p, MOMENTUM, max_grad_norm=1.0, nonfinite="ignore", backend=backend)
+
+    def closure():
+        p[0].grad, p[1].grad = torch.ones(2), torch.arange(3.0)
+
+    opt.step(Failing(closure, 2 if name != "LookSAM" else 9, lambda: p[0].grad.fill_(math.nan)))
+    if name == "LookSAM":  # in the step after a look, which adds something to the gradient
+        opt.step(Failing(closure, 1, lambda: p[0].grad.fill_(math.nan)))
+    assert all(bool(x.isnan().all()) for x in p)
+
+
+@pytest.mark.parametrize("name", ["AESAM", "SSAMF_batch", "LookSAM", "ARSAM"])
+def test_a_first_step_that_fails_leaves_nothing(name, backend):
+    """Neither statistics nor sums that it was the first to make."""
+    p = nn.Parameter(torch.ones(3))
+    opt = subject_named(name).method.make([p], MOMENTUM, backend=backend)
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        opt.step(Failing(lambda: setattr(p, "grad", torch.ones(3)), 2, raising(RuntimeError("out of memory"))))
+    assert same_tree(opt.state_dict(), before)

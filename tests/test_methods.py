@@ -140,13 +140,13 @@ def test_composition_without_a_name(backend):
     from .oracles.sam import ASAM
 
     class LookASAM(LookSAM):
-        mode, eta = "filter", 0.01
+        mode = "filter"
         operator = ASAM.operator
         eps = ASAM.eps
 
         def __init__(self, w, base, **options):
             super().__init__(w, base, **options)
-            self.adaptive = [True] * len(w)
+            self.adaptive, self.eta = [True] * len(w), [0.01] * len(w)
 
     net = make_net()
     twin = copy.deepcopy(net)

@@ -15,11 +15,11 @@ import samkern
 from samkern.optim import Adaptive, Bernoulli, DynamicMask, Euclidean, Filterwise, FisherMask, Momentum, SharpnessAware
 
 from .choices import beside_its_oracle, disturbed, gentle, n_steps, three_groups
-from .lists import FP32, affordable, same_bits
+from .lists import FP32, affordable, same_bits, same_tree
 from .methods import OwnStepSGD
 from .oracles import msam
 from .problems import batch, closure_for, flat, make_net, train, weights
-from .test_faults import Failing, raising, same_tree, snapshot
+from .test_faults import Failing, raising, snapshot
 from .test_oracles import Quadratic, start
 from .test_state import through_a_file
 

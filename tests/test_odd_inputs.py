@@ -222,3 +222,28 @@ def test_autograd_notices_that_weights_changed(backend):
 def test_methods_are_all_in_the_public_namespace():
     assert {type(m.make([nn.Parameter(torch.ones(1))], MOMENTUM)).__name__ for m in METHODS} <= set(samkern.__all__)
     assert method_named("SAM").cls is samkern.SAM
+
+
+@pytest.mark.parametrize("layout", ["dense", "with gaps"])
+def test_expanded_gradients_for_a_base_with_a_step_of_its_own(layout, backend):
+    """The backward of a sum leaves one number for all entries. What the base receives needs memory for each."""
+    x = torch.ones(4, 6)[:, ::2] if layout == "with gaps" else torch.ones(4, 3)
+    p = nn.Parameter(x.detach())
+    opt = samkern.LookSAM([p], torch.optim.RMSprop, lr=0.1, k=2, max_grad_norm=0.5, backend=backend)
+    held = torch.ones(()).expand(4, 3)
+    for _ in range(2):
+        opt.step(lambda: setattr(p, "grad", held))
+    assert torch.equal(held, torch.ones(4, 3))
+    assert torch.equal(p.detach(), p.detach()[0, 0].expand(4, 3))
+    assert p.detach()[0, 0] < 0.8
+
+
+def test_groups_without_parameters(backend):
+    """As a filter over names leaves them, at the beginning too."""
+    for name in ("ARSAM", "LookSAM", "SSAMD", "SAM"):
+        p = nn.Parameter(torch.ones(3))
+        options = {"components": "tensor"} if name == "ARSAM" else {}
+        groups = [{"params": []}, {"params": [p], "lr": 0.2}, {"params": []}]
+        opt = method_named(name).make(groups, MOMENTUM, backend=backend, **options)
+        step_with_random_gradients(opt, [p], 4)
+        assert not torch.equal(p.detach(), torch.ones(3))

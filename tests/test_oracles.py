@@ -494,7 +494,7 @@ def test_msam_climbs_against_the_momentum(base):
     plain.step([problem.grad(v[0])])
     assert torch.equal(w[0], v[0])  # no momentum yet
     for _ in range(3):
-        momentum = (plain.m if isinstance(plain, Adam) else plain.v)[0]
+        momentum = next(iter(plain.state[0].values()))
         plain.step([problem.grad(v[0] - 0.3 * momentum / momentum.norm())])
         oracle.step(problem.closure(w[0]))
         assert torch.allclose(w[0], v[0], rtol=1e-9)

@@ -14,30 +14,22 @@ from samkern.optim import SharpnessAware
 from samkern.options import MixOptions
 
 from .choices import beside_its_oracle, disturbed, gentle, n_steps, three_groups, with_parts
-from .lists import FP32, affordable, same_bits
-from .oracles import msam, schedules
+from .lists import FP32, affordable, same_bits, same_tree
+from .oracles import msam
 from .problems import closure_for, flat, make_net, train, weights
-from .test_faults import Failing, raising, same_tree, snapshot
+from .test_faults import Failing, raising, snapshot
 from .test_oracles import Quadratic, start
 
 SGD = torch.optim.SGD
 OPTIONS = {"lr": 0.02, "momentum": 0.9, "rho": 0.1}
 
 
-class MicroRST(msam.Micro, schedules.RST):
-    pass
-
-
-class MicroGRST(msam.Micro, schedules.GRST):
-    pass
-
-
 METHODS = {
     "SAM": (samkern.SAM, msam.MicroSAM, {}),
     "SAMk": (samkern.SAMk, msam.MicroSAMk, {"k": 3}),
     "ASAM": (samkern.ASAM, msam.MicroASAM, {}),
-    "RST": (samkern.RST, MicroRST, {}),
-    "GRST": (samkern.GRST, MicroGRST, {"gamma": 3.0}),
+    "RST": (samkern.RST, msam.MicroRST, {}),
+    "GRST": (samkern.GRST, msam.MicroGRST, {"gamma": 3.0}),
 }
 
 
@@ -384,3 +376,12 @@ def test_gradients_that_are_missing(backend):
     opt.step([closure(None, None, None)] * 2)
     assert opt.last_step.reason == "no parameter had a gradient"
     assert same_bits([x.detach() for x in p], before)
+
+
+def test_a_gradient_in_one_part_only_is_a_gradient(backend):
+    p = nn.Parameter(torch.ones(3))
+    opt = samkern.SAM([p], SGD, lr=0.1, backend=backend)
+    opt.step([lambda: setattr(p, "grad", None), lambda: setattr(p, "grad", torch.ones(3))])
+    assert opt.last_step.reason is None
+    opt.step([lambda: setattr(p, "grad", None)] * 2)
+    assert opt.last_step.reason == "no parameter had a gradient"

@@ -372,12 +372,12 @@ def test_the_engine_sweeps_on_refresh_steps_only_and_leaves_the_model_alone(back
 class MaskedLookASAM(looksam.LookSAM):
     """LookSAM's reuse on ASAM's operator on a dynamic mask."""
 
-    mode, eta = "filter", 0.01
+    mode = "filter"
     operator = sam.ASAM.operator
 
     def __init__(self, w, base, mask, **options):
         super().__init__(w, base, **options)
-        self.adaptive, self.mask = [True] * len(w), mask
+        self.adaptive, self.eta, self.mask = [True] * len(w), [0.01] * len(w), mask
 
     def eps(self, g):
         return self.mask.let_through(sam.ASAM.eps(self, g))

@@ -388,3 +388,34 @@ def test_a_buffer_that_was_never_written_is_not_in_the_checkpoint(backend):
     opt.step(lambda: setattr(p, "grad", torch.full((3,), torch.nan)))
     assert opt.skips == 1
     assert opt.state_dict()["state"] == {}
+
+
+def test_a_checkpoint_right_after_a_group_was_added(backend):
+    """No step has seen the new parameters yet; what is kept knows them all the same."""
+    p = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    q = [nn.Parameter(x.detach().clone()) for x in p]
+
+    def step(opt, params):
+        opt.step(lambda: [setattr(x, "grad", torch.arange(3.0)) for x in params])
+
+    opt = samkern.LookSAM(p[:1], torch.optim.SGD, lr=0.1, momentum=0.9, k=2, backend=backend)
+    step(opt, p)
+    opt.add_param_group({"params": p[1:]})
+    q[0].data.copy_(p[0].data)
+    other = samkern.LookSAM([{"params": q[:1]}, {"params": q[1:]}], torch.optim.SGD, lr=0.1, k=2, backend=backend)
+    other.load_state_dict(through_a_file(opt.state_dict()))
+    for _ in range(3):
+        step(opt, p)
+        step(other, q)
+    assert same_bits([x.detach() for x in p], [x.detach() for x in q])
+
+
+def test_a_checkpoint_of_another_number_of_parameters_is_refused_as_a_whole():
+    p = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    opt = samkern.SAM(p, torch.optim.SGD, lr=0.1)
+    state = opt.state_dict()
+    state["samkern"]["cache_norm"] = torch.zeros(2, dtype=torch.float64)
+    state["param_groups"][0]["lr"] = 7.0
+    with pytest.raises(ValueError, match="the checkpoint is of 1 parameters, this optimizer has 2"):
+        opt.load_state_dict(state)
+    assert opt.param_groups[0]["lr"] == 0.1

@@ -263,7 +263,7 @@ def clipping(tables, step_options, coefficients, decision, FORM: tl.constexpr):
         if FORM.added != NOTHING:
             norm = tl.sqrt(mixed_norm_sq(tables, coefficients, decision.aa, FORM))
         clip = tl.load(step_options + MAX_GRAD_NORM) / (norm + CLIP_TINY)
-        factor = tl.where(clip < 1, clip, factor)
+        factor = tl.where(clip >= 1, factor, clip)  # NaN if the norm is
     return norm, factor
 
 

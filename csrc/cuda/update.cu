@@ -163,7 +163,7 @@ SAMKERN_COLD Decided decide(const UpdateArgs& args) {
     }
     block_sum(update_sq);
   }
-  const double update_norm = sqrt(update_sq[0] > 0 ? update_sq[0] : 0);
+  const double update_norm = sqrt(update_sq[0] < 0 ? 0 : update_sq[0]);  // rounding is cut off, NaN is not
   if (args.max_grad_norm > 0) decided.clip = scalars::clip_factor(args.max_grad_norm, update_norm);
   if (device::block() == 0 && device::thread() == 0) {
     args.report[args.looked ? kSecondNorm : kGradNorm] = sqrt(x[2]);

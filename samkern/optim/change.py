@@ -68,5 +68,5 @@ class Change:
         kept = self._keeper.kept
         norms = kept.cache_norm[-1:]
         if cached is not None and len(cached) < len(kept.cache):  # what others keep is of an earlier look
-            norms = kept.cache_norm[torch.tensor(cached, device=norms.device)]
+            norms = kept.cache_norm[torch.tensor(cached, dtype=torch.long, device=norms.device)]
         return norms.square().sum(), report[Report.GRAD_NORM].square()

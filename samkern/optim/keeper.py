@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -162,6 +163,9 @@ class PlanKeeper:
 
     def state_dict(self) -> dict[str, Any]:
         """What is kept, with parameters by their index."""
+        params = parameters_of(self.base)
+        if len(params) != len(self.kept.params) or not all(map(operator.is_, params, self.kept.params)):
+            self._plan, self.kept = None, self.kept.for_parameters(params)  # a group was added since the last step
         index = {p: i for i, p in enumerate(self.kept.params)}
         state: dict[str, Any] = {"skips": self.kept.skips, "cache_norm": self.kept.cache_norm}
         for name in ("cache", "masks", "squares"):
@@ -176,6 +180,9 @@ class PlanKeeper:
                 if i >= len(params) or not _fits(name, x, params[i]):
                     what = f"{x.dtype} {tuple(x.shape)}"
                     raise ValueError(f"the checkpoint's {name} {i}, {what}, belongs to other parameters")
+        n = len(state["cache_norm"]) - 1 if state else len(params)
+        if n != len(params):
+            raise ValueError(f"the checkpoint is of {n} parameters, this optimizer has {len(params)}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes ``state_dict`` back; an empty mapping means a fresh start."""

@@ -176,6 +176,7 @@ class StepLoop(OptimizerAround):
                 with self.first_pass():
                     losses.append(_evaluate(closure))
                 decided = self._begin() if decided is None else decided
+                decided = replace(decided, had_gradients=decided.had_gradients or self._has_gradients())
                 if decided.looked and keep:
                     own(params)
                 first, alpha = [p.grad if keep else None for p in params], None

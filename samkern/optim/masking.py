@@ -40,9 +40,10 @@ class Masking:
         self._undo: dict[Tensor, Tensor] | None = None  # the masks before this step, if it has changed them
         self._refreshed: dict[Tensor, Tensor] | None = None  # the same, over the parameters of today
         self._first: dict[Tensor, Tensor] = {}
+        self._new_squares: list[Tensor] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_undo": None, "_refreshed": None, "_first": {}, "_coverage": []}
+        return {**self.__dict__, "_undo": None, "_refreshed": None, "_first": {}, "_new_squares": [], "_coverage": []}
 
     def before_climb(self, t: int, groups: Groups, overwrites: bool, scaling: Scaling, model: nn.Module | None) -> None:
         """Begins step ``t``, with the first gradients in place: refreshes the mask if it is due, and binds it.
@@ -60,6 +61,7 @@ class Masking:
                 if p.grad is not None:
                     self._first[p] = p.grad.clone() if overwrites else p.grad
                     if p not in squares:
+                        self._new_squares.append(p)
                         squares[p] = row_major_zeros(p, math_dtype(p.dtype))
 
     def refresh(self, t: int, groups: Groups, losses: Losses | None, scaling: Scaling, model: nn.Module | None) -> None:
@@ -95,6 +97,8 @@ class Masking:
     def undo(self) -> None:
         """Takes back what ``before_climb`` has done to the mask."""
         before = self._undo
+        for p in self._new_squares:
+            self._keeper.kept.squares.pop(p, None)
         self._idle()
         if before is not None:
             self._write(before)

@@ -210,6 +210,7 @@ class Difference(Reuse):
         self._sampled: set[int] = set()
         self._first: dict[int, Tensor] = {}  # of what is not sampled, by the place of its parameter
         self._component: list[int] = []
+        self._component_then: list[int] = []
         self.options = {"beta": beta}
         self.check(self.options)
 
@@ -284,7 +285,7 @@ class Difference(Reuse):
         weights = self._weights(t, groups)
         if not any(weights):
             return MixOptions()
-        device = groups[0]["params"][0].device
+        device = next(p.device for group in groups for p in group["params"])  # a group may be empty
         on_device = torch.tensor(weights, dtype=torch.float64).to(device, non_blocking=True)
         return MixOptions(Mix.ADD, alpha=[1.0] * len(groups), weights=on_device)
 
@@ -301,6 +302,7 @@ class Difference(Reuse):
         return float(beta**age) if last is not None and age <= oldest else 0.0
 
     def settle(self, t: int, looked: bool, skipped: Callable[[], Tensor]) -> None:
+        self._component_then = self._component
         if looked:
             self._components.settle(t, self._sampled, skipped())
 
@@ -308,8 +310,8 @@ class Difference(Reuse):
         return [self, self._components]
 
     def state(self) -> dict[str, Any]:
-        return {**self._components.state(), "component": self._component}
+        return {**self._components.state(), "component": self._component_then}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._components.load_state(dict(state))
-        self._component = list(state.get("component", []))
+        self._component = self._component_then = list(state.get("component", []))

@@ -234,9 +234,7 @@ class GradientNorm(Schedule):
 
     def decide(self, now: Now) -> Decision:
         x = now.norm_sq()
-        if self._stats is None:
-            self._stats = torch.zeros(3, dtype=torch.float64, device=x.device)
-        mu, var, seen = self._stats.to(x.device)
+        mu, var, seen = self._stats_on(x.device)
         first = seen == 0
         new_mu = torch.where(first, x, self.delta * mu + (1 - self.delta) * x)
         new_var = torch.where(first, 0.0, self.delta * var + (1 - self.delta) * (x - new_mu).square())
@@ -257,11 +255,14 @@ class GradientNorm(Schedule):
         return Decision.REUSE if self.rule == "R3" else Decision.PLAIN
 
     def settle(self, outcome: Outcome) -> None:
-        if self._new_stats is not None and self._stats is not None:
+        if self._new_stats is not None:
             keep = outcome.skipped() | ~self._new_stats.isfinite().all()
-            self._stats = torch.where(keep, self._stats.to(keep.device), self._new_stats)
+            self._stats = torch.where(keep, self._stats_on(keep.device), self._new_stats)
             self._age = self._new_age
         self.undo()
+
+    def _stats_on(self, device: torch.device) -> Tensor:
+        return torch.zeros(3, dtype=torch.float64, device=device) if self._stats is None else self._stats.to(device)
 
     def undo(self) -> None:
         self._new_stats = None

@@ -8,6 +8,7 @@ from statistics import pvariance
 
 import torch
 
+from .bases import per_weight
 from .loop import TINY, finite, norm
 from .sam import SAM
 from .schedules import uniform
@@ -76,10 +77,17 @@ class Difference(SAM):
 
     def __init__(self, w, base, rho=0.05, beta=0.7, max_age=6, **options):
         super().__init__(w, base, rho, **options)
-        self.beta, self.max_age = beta, max_age
+        self.beta, self.max_age = per_weight(beta, w), max_age
         self.d = [torch.zeros_like(x.detach()) for x in w]
         self.last = [None] * len(w)  # the step of each weight's last sample
         self.sampled = set(range(len(w)))
+
+    def add(self, w, rho, beta=0.7, **options):
+        super().add(w, rho, **options)
+        self.beta += [beta] * len(w)
+        self.d += [torch.zeros_like(x.detach()) for x in w]
+        self.last += [None] * len(w)
+        self.sampled = set(range(len(self.w)))
 
     def look(self, g, closure):
         def second():
@@ -111,7 +119,7 @@ class Difference(SAM):
         if self.last[i] is None:
             return 0.0
         age = self.t - self.last[i]
-        return self.beta**age if age <= self.max_age else 0.0
+        return self.beta[i] ** age if age <= self.max_age else 0.0
 
 
 class EveryKDifference(Difference):
@@ -149,10 +157,19 @@ class ARSAM(Difference):
     ):
         super().__init__(w, base, rho, **options)
         self.controller = RateController(window, blocks, max_rate, a1, a2, warmup_steps, change, seed)
-        self.stat_tensors = set(range(len(w))[-stat_tensors:] if stat_tensors else range(len(w)))
+        self.stat_tensors = stat_tensors
         self.max_component_age, self.change_tol = max_component_age, change_tol
         self.components = None if components is None else self.with_the_rest(components)
         self.last_norm = [0.0] * len(self.components or ())
+
+    def add(self, w, rho, **options):
+        """With components, each of the weights is one."""
+        n = len(self.w)
+        super().add(w, rho, **options)
+        if self.components is not None:
+            new = [[n + i] for i, x in enumerate(w) if x.requires_grad]
+            self.components += new
+            self.last_norm += [0.0] * len(new)
 
     def with_the_rest(self, components):
         """All components, without weights that are never updated."""
@@ -176,8 +193,10 @@ class ARSAM(Difference):
         self.controller.record(*self.sample)
 
     def to_sample(self, g):
-        if self.components is None or self.t < self.controller.warmup_steps:
+        if self.components is None:
             return set(range(len(self.w)))
+        if self.t < self.controller.warmup_steps:
+            return {i for component in self.components for i in component}
         if self.change_tol is not None and not finite(g):
             return set()  # the norms are read, so it is known that this step will be skipped
         reached = [n for n, component in enumerate(self.components) if any(g[i] is not None for i in component)]
@@ -200,7 +219,8 @@ class ARSAM(Difference):
         for n, component in enumerate(self.components or ()):
             if component[0] in self.sampled:
                 self.last_norm[n] = self.component_norm(n, g)
-        counted = self.sampled & self.stat_tensors
+        places = range(len(self.w))
+        counted = self.sampled.intersection(places[-self.stat_tensors :] if self.stat_tensors else places)
         x = norm([self.d[i] for i in counted if g[i] is not None or g_s[i] is not None]).item()
         length = norm([g[i] for i in counted]).item()
         if length > 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from .looksam import LookSAM, zero_like_if_none
-from .loop import dot, finite
+from .loop import dot
 from .sam import ASAM, SAM
 
 
@@ -26,8 +26,8 @@ class LETS:
         self.looked, self.passes = False, None
         super().step(closure)
         if self.due and self.looked:
-            self.move(closure, val_closure)  # its passes run after a skipped step too
             self.due = False
+            self.move(closure, val_closure)  # its passes run after a skipped step too
 
     def eps(self, g):
         self.climb = super().eps(g)
@@ -44,7 +44,7 @@ class LETS:
     def move(self, closure, val_closure):
         gt, loss_t = self.evaluate(closure), float(self.loss)
         gv, loss_v = self.evaluate(val_closure), float(self.loss)
-        if self.passes is None or not (finite(gt) and finite(gv)):
+        if self.passes is None:
             return
         gap = [a - b for a, b in zip(zero_like_if_none(gv, self.w), zero_like_if_none(gt, self.w), strict=True)]
         self.dJ = (loss_v - loss_t) * dot(gap, self.dw()).item()
@@ -55,12 +55,16 @@ class LETS:
 
     def dw(self):
         """The derivative of w+ by rho, as plain SGD would move; what has no second gradient is not moved."""
-        return [None if y is None else self.dw_of(x, y, climb) for x, y, climb in zip(*self.passes, strict=True)]
+        rates = [options["lr"] for options in self.base.options]
+        return [
+            None if y is None else self.dw_of(lr, x, y, climb)
+            for lr, x, y, climb in zip(rates, *self.passes, strict=True)
+        ]
 
-    def dw_of(self, x, y, climb):
+    def dw_of(self, lr, x, y, climb):
         if self.hyper == "secant":
-            return -self.base.lr * (y if x is None else y - x) / self.radius
-        return None if climb is None else -self.base.lr * y * y * climb / self.radius
+            return -lr * (y if x is None else y - x) / self.radius
+        return None if climb is None else -lr * y * y * climb / self.radius
 
 
 class LETSSAM(LETS, SAM):

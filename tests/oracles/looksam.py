@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .bases import per_weight
 from .loop import TINY, dot, norm
 from .sam import SAM
 
@@ -17,9 +18,15 @@ class LookSAM(SAM):
 
     def __init__(self, w, base, rho=0.05, k=5, alpha=0.7, scope="global", min_sine=1e-6, **options):
         super().__init__(w, base, rho, **options)
-        self.k, self.alpha, self.scope, self.min_sine = k, alpha, scope, min_sine
+        self.k, self.alpha, self.scope, self.min_sine = k, per_weight(alpha, w), scope, min_sine
         self.g_v = [torch.zeros_like(x) for x in w]
         self.usable = [False] * len(w)
+
+    def add(self, w, rho, alpha=0.7, **options):
+        super().add(w, rho, **options)
+        self.alpha += [alpha] * len(w)
+        self.g_v += [torch.zeros_like(x) for x in w]
+        self.usable += [self.scope == "global" and any(self.usable)] * len(w)
 
     def looks(self):
         return self.t % self.k == 0
@@ -41,13 +48,13 @@ class LookSAM(SAM):
 
     def without_look(self, g):
         u = []
-        for x, g_v, usable in zip(g, self.g_v, self.usable, strict=True):
+        for x, g_v, usable, alpha in zip(g, self.g_v, self.usable, self.alpha, strict=True):
             if x is None or not usable:
                 u.append(x)
             elif self.scope == "tensor":
-                u.append(x + self.alpha * norm([x]) / norm([g_v]) * g_v)
+                u.append(x + alpha * norm([x]) / norm([g_v]) * g_v)
             else:
-                u.append(x + self.alpha * norm(g) / norm(self.g_v) * g_v)
+                u.append(x + alpha * norm(g) / norm(self.g_v) * g_v)
         return u
 
 

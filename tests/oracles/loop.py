@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .bases import per_weight
+
 TINY = 1e-12
 
 
@@ -27,12 +29,21 @@ def finite(tensors):
 
 
 class Oracle:
-    """``rho``: one number, or one for each weight. ``base``: an optimizer of ``bases`` over the same weights."""
+    """``rho``, and what else may differ by group: one number, or a list with one for each weight.
 
-    def __init__(self, w, base, rho, max_grad_norm=None):
-        self.w, self.base, self.max_grad_norm = w, base, max_grad_norm
-        self.rho = list(rho) if isinstance(rho, (list, tuple)) else [rho] * len(w)
+    ``base``: an optimizer of ``bases`` over the same weights. ``nonfinite="ignore"`` judges first gradients of looks only.
+    """
+
+    def __init__(self, w, base, rho, max_grad_norm=None, nonfinite="skip"):
+        self.w, self.base, self.max_grad_norm, self.nonfinite = w, base, max_grad_norm, nonfinite
+        self.rho = per_weight(rho, w)
         self.t = self.evaluations = self.skips = 0
+
+    def add(self, w, rho, **options):
+        """A further group: its weights, its radius, the base's options and what else the method has for each weight."""
+        self.base.add(w, **options)
+        self.w = [*self.w, *w]
+        self.rho += [rho] * len(w)
 
     # ---- what a method fills in
 
@@ -64,19 +75,22 @@ class Oracle:
         self.t += 1
 
     def plain(self, g):
-        return self.without_look(g) if finite(g) else None
+        return self.without_look(g) if self.sound(g) else None
 
     def look(self, g, closure):
-        sound = finite(g)
+        is_finite = finite(g)
         old = [w.data.clone() for w in self.w]
-        if sound:
+        if is_finite:
             for w, eps in zip(self.w, self.eps(g), strict=True):
                 if eps is not None:
                     w.data = w.data + eps
         g_s = self.evaluate(closure)
         for w, before in zip(self.w, old, strict=True):
             w.data = before
-        return self.after_look(g, g_s) if sound and finite(g_s) else None
+        return self.after_look(g, g_s) if is_finite and self.sound(g_s) else None
+
+    def sound(self, gradients):
+        return self.nonfinite == "ignore" or finite(gradients)
 
     def evaluate(self, closure):
         self.evaluations += 1
@@ -88,7 +102,7 @@ class Oracle:
     def clipped(self, u):
         if self.max_grad_norm is None:
             return u
-        factor = min(1.0, self.max_grad_norm / (norm(u).item() + 1e-6))
+        factor = (self.max_grad_norm / (norm(u) + 1e-6)).clamp(max=1.0)
         return [None if x is None else factor * x for x in u]
 
     def perturbed(self, g):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from .loop import TINY, Oracle, finite, norm
+from .bases import Sgd
+from .loop import TINY, Oracle, norm
 from .sam import ASAM, SAM, SAMk
+from .schedules import GRST, RST
 
 
 class MSAM(Oracle):
@@ -11,7 +13,9 @@ class MSAM(Oracle):
 
     def __init__(self, w, base, rho=1.0, **options):
         super().__init__(w, base, rho, **options)
-        if getattr(base, "mu", None) == 0:
+        if isinstance(base, Sgd) and any(
+            radius > 0 and not options.get("momentum") for radius, options in zip(self.rho, base.options, strict=True)
+        ):
             raise ValueError("the base has no momentum")
 
     def step(self, closure):
@@ -22,10 +26,11 @@ class MSAM(Oracle):
         u = self.evaluate(closure)
         for w, before in zip(self.w, old, strict=True):
             w.data = before
-        self.finish(u if finite(u) else None)
+        self.finish(u if self.sound(u) else None)
 
     def momentum(self):
-        return self.base.m if hasattr(self.base, "m") else self.base.v
+        key = "momentum_buffer" if isinstance(self.base, Sgd) else "exp_avg"
+        return [state.get(key) for state in self.base.state]
 
     def eps(self, v):
         v = self.perturbed(v)
@@ -64,4 +69,12 @@ class MicroSAMk(Micro, SAMk):
 
 
 class MicroASAM(Micro, ASAM):
+    pass
+
+
+class MicroRST(Micro, RST):
+    pass
+
+
+class MicroGRST(Micro, GRST):
     pass

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from .bases import per_weight
 from .loop import TINY, Oracle, norm
 
 
@@ -36,22 +37,27 @@ class ASAM(Oracle):
 
     def __init__(self, w, base, rho=0.5, mode="element", eta=0.01, adaptive=None, **options):
         super().__init__(w, base, rho, **options)
-        self.mode, self.eta = mode, eta
+        self.mode, self.eta = mode, per_weight(eta, w)
         self.adaptive = adaptive or [True] * len(w)
 
-    def operator(self, w, adaptive):
+    def add(self, w, rho, eta=0.01, adaptive=True, **options):
+        super().add(w, rho, **options)
+        self.eta += [eta] * len(w)
+        self.adaptive += [adaptive] * len(w)
+
+    def operator(self, w, adaptive, eta):
         if not adaptive:
             return torch.ones_like(w)
         if self.mode == "layer":
-            return torch.full_like(w, (w**2).sum().sqrt().item() + self.eta)
+            return torch.full_like(w, (w**2).sum().sqrt().item() + eta)
         if self.mode == "filter" and w.dim() > 1:
-            scales = torch.stack([(row**2).sum().sqrt() + self.eta for row in w])
+            scales = torch.stack([(row**2).sum().sqrt() + eta for row in w])
             return scales.reshape(-1, *[1] * (w.dim() - 1)).expand_as(w)
-        return w.abs() + self.eta
+        return w.abs() + eta
 
     def eps(self, g):
         g = self.perturbed(g)
-        t = [self.operator(w.data, adaptive) for w, adaptive in zip(self.w, self.adaptive, strict=True)]
+        t = [self.operator(w.data, *how) for w, *how in zip(self.w, self.adaptive, self.eta, strict=True)]
         length = norm([None if x is None else s * x for s, x in zip(t, g, strict=True)]) + TINY
         terms = zip(g, t, self.rho, strict=True)
         return [None if x is None else rho * s**2 * x / length for x, s, rho in terms]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from .bases import per_weight
 from .looksam import LookSAM
 from .loop import finite, norm
 from .masks import philox
@@ -46,12 +47,17 @@ class GRST(RST):
 
     def __init__(self, w, base, rho=0.05, gamma=2.0, gamma_max=4.0, **options):
         super().__init__(w, base, rho, **options)
-        self.gamma, self.gamma_max = gamma, gamma_max
+        self.gamma, self.gamma_max = per_weight(gamma, w), gamma_max
+
+    def add(self, w, rho, gamma=2.0, **options):
+        super().add(w, rho, **options)
+        self.gamma += [gamma] * len(w)
 
     def after_look(self, g, g_s):
-        gamma = min(1 / self.probability(), self.gamma_max) if self.gamma == "match" else self.gamma
+        match = min(1 / self.probability(), self.gamma_max)
         u = []
-        for x, y in zip(g, g_s, strict=True):
+        for x, y, gamma in zip(g, g_s, self.gamma, strict=True):
+            gamma = match if gamma == "match" else gamma
             if x is None or y is None:
                 u.append(None if y is None else gamma * y)  # no second gradient: nothing to update with
             else:
@@ -88,7 +94,7 @@ class AE:
             u = self.look(g, closure)
             self.age = 0
         else:
-            u = (self.without_look(g) if kind == "reuse" else g) if finite(g) else None
+            u = (self.without_look(g) if kind == "reuse" else g) if self.sound(g) else None
             self.age = None if self.age is None else self.age + 1
         if u is None:
             self.skips += 1

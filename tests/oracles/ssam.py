@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from .loop import TINY, finite, norm
+from .loop import TINY, norm
 from .masks import drop_grow, grown, top_k
 from .sam import SAM
 
@@ -18,12 +18,22 @@ class SSAM(SAM):
     def __init__(self, w, base, rho=0.1, sparsity=0.5, renormalise=False, refresh_interval=400, masked=None, **options):
         super().__init__(w, base, rho, **options)
         self.renormalise, self.refresh_interval = renormalise, refresh_interval
-        masked = masked or [True] * len(w)
-        self.chosen = [i for i, x in enumerate(w) if x.requires_grad and masked[i] and self.rho[i] > 0]
-        self.k = round(sum(w[i].numel() for i in self.chosen) * (1 - sparsity))
+        self.masked, self.sparsity = masked or [True] * len(w), sparsity
         self.mask = None
+        self.choose()
+
+    def choose(self):
+        self.chosen = [i for i, x in enumerate(self.w) if x.requires_grad and self.masked[i] and self.rho[i] > 0]
+        self.n = sum(self.w[i].numel() for i in self.chosen)
+        self.k = round(self.n * (1 - self.sparsity))
+
+    def add(self, w, rho, masked=True, **options):
+        super().add(w, rho, **options)
+        self.masked += [masked] * len(w)
+        self.choose()
 
     def step(self, closure):
+        self.follow()
         self.skips_before, self.mask_before = self.skips, self.mask
         super().step(closure)
         if self.skips > self.skips_before:
@@ -59,18 +69,28 @@ class SSAMF(SSAM):
         assert fisher == "batch"
         super().__init__(w, base, rho, **options)
         self.ema, self.every = fisher_ema, fisher_every
-        self.squares = [torch.zeros_like(x.detach()) for x in w]
+        self.squares = [None] * len(w)
+
+    def add(self, w, rho, **options):
+        super().add(w, rho, **options)
+        self.squares += [None] * len(w)
+
+    def follow(self):
+        """Weights that were added are perturbed entirely until the next refresh."""
+        if self.mask is not None:
+            self.mask = np.concatenate([self.mask, np.ones(self.n - len(self.mask), dtype=bool)])
 
     def prepare_mask(self, g):
-        if self.is_due():
+        if self.is_due() and any(self.squares[i] is not None for i in self.chosen):
             self.mask = top_k(self.over_list(self.squares), self.k)
 
     def look(self, g, closure):
         u = super().look(g, closure)
-        if u is not None and self.t % self.every == 0:
-            for i, x in enumerate(g):
-                if x is not None:
-                    self.squares[i] = self.ema * self.squares[i] + (1 - self.ema) * x**2
+        if self.t % self.every == 0:
+            for i in self.chosen:
+                if g[i] is not None:
+                    old = torch.zeros_like(g[i]) if self.squares[i] is None else self.squares[i]
+                    self.squares[i] = old if u is None else self.ema * old + (1 - self.ema) * g[i] ** 2
         return u
 
 
@@ -79,11 +99,16 @@ class SSAMD(SSAM):
         super().__init__(w, base, rho, **options)
         self.total_steps, self.drop, self.regrow, self.seed = total_steps, drop, regrow, seed
 
+    def follow(self):
+        """Weights that were added: random entries enter the mask or leave it, so that their number is right again."""
+        if self.mask is None or not len(self.mask):
+            self.mask = grown(np.ones(self.n, dtype=bool), self.k, self.seed, 0)
+        mask = np.concatenate([self.mask, np.zeros(self.n - len(self.mask), dtype=bool)])
+        surplus = int(mask.sum()) - self.k
+        self.mask = mask ^ grown(mask if surplus > 0 else ~mask, abs(surplus), self.seed, self.t)
+
     def prepare_mask(self, g):
-        if self.mask is None:
-            n = sum(self.w[i].numel() for i in self.chosen)
-            self.mask = grown(np.ones(n, dtype=bool), self.k, self.seed, 0)
-        if self.is_due() and finite(g):
+        if self.is_due() and any(g[i] is not None for i in self.chosen):
             share = self.drop / 2 * (1 + math.cos(math.pi * min(self.t / self.total_steps, 1)))
             n_moved = round(share * self.k)
             self.mask = drop_grow(self.mask, self.over_list(g), n_moved, self.seed, self.t, self.regrow)
