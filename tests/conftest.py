@@ -14,6 +14,7 @@ from samkern.backends import in_interpreter
 
 from . import emulator
 from .methods import BASES, METHODS
+from .ranks import Ranks
 
 ON_GPU = torch.cuda.is_available()
 BUILT = [name for name, backend in samkern.backends().items() if backend.available]
@@ -131,6 +132,16 @@ def fast(request):
     """A backend to compare with the reference."""
     with on(request.param) as name:
         yield name
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Processes of a distributed training: ``ranks.run(2, function, *args)``."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no torch.distributed with gloo")
+    pool = Ranks()
+    yield pool
+    pool.close()
 
 
 def pytest_report_header():

@@ -128,6 +128,12 @@ def check_sync(opt: StepLoop) -> None:
             f"model={type(opt.model).__name__}"
         )
 
+    if opt.perturb_sync == "local" and n_ranks() > 1 and getattr(opt.model, "static_graph", False):
+        raise ValueError(
+            "perturb_sync='local' does not go with static_graph=True: that reducer reduces in every backward; leave it out, or "
+            "use perturb_sync='global'"
+        )
+
 
 def judges_gradients(opt: StepLoop) -> bool:
     """Whether the mask is chosen by gradients of steps."""

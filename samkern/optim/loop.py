@@ -27,7 +27,7 @@ from .base import fused_rule
 from .change import Change
 from .checks import one_number_on
 from .fixed_gradients import FixedGradients
-from .gradients import GradientMean, norm_sq
+from .gradients import GradientMean, norm_sq, own
 from .keeper import PlanKeeper, parameters_of
 from .loss_scale import LossScale
 from .mask import Mask
@@ -169,8 +169,11 @@ class StepLoop(OptimizerAround):
         try:
             for closure in closures:
                 rng = SharedRng(params) if self.share_rng else None
-                losses.append(_evaluate(closure))
+                with self.first_pass():
+                    losses.append(_evaluate(closure))
                 decided = self._begin() if decided is None else decided
+                if decided.looked:
+                    own(params)
                 first, alpha = [p.grad for p in params], None
                 if decided.looked:
                     self._pending = record = replace(decided, report=torch.empty_like(decided.report))
@@ -338,6 +341,8 @@ class StepLoop(OptimizerAround):
         report = torch.empty(len(Report), dtype=torch.float64, device=self._keeper.kept.skips.device)
         evaluations = 2 if looks and not before_pass else 1
         had_gradients = not before_pass and self._has_gradients()
+        if looks and not before_pass:
+            own(parameters_of(self.base))
         record = StepRecord(decision, evaluations, had_gradients, report, looks and before_pass)
         if self._masking is not None:
             overwrites = not looks and fused_rule(self.base)[0] is None
@@ -402,6 +407,7 @@ class StepLoop(OptimizerAround):
     def _with_both_gradients(self, overwrites: bool) -> None:
         """Of a look, before its update, which may write to gradients if it ``overwrites``."""
         if self.learned is not None and self.learned.is_due(self._t):
+            own(parameters_of(self.base))
             self.learned.before_update(parameters_of(self.base), overwrites)
         if self.schedule.wants_change:
             self._change.before_update(self.reuse, self.schedule.stat_tensors, self._scaling)
@@ -439,6 +445,7 @@ class StepLoop(OptimizerAround):
             for p in params:
                 p.grad = None
             loss = _evaluate(closure)
+            own(params)
             fit.check_loss(loss)
             return loss, [p.grad for p in params]
 

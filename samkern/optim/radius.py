@@ -13,7 +13,7 @@ from ..options import Scaling
 from ..reference import math_dtype
 from .checks import at_least, at_least_int, one_of
 from .gradients import inverse_sq
-from .ranks import same_on_all_ranks
+from .ranks import mean_of_all_ranks, same_on_all_ranks
 
 Gradients = Sequence[Tensor | None]
 
@@ -140,7 +140,8 @@ class LearnedRadius:
             scale = scale * (inverse_sq(scaling) ** 0.5)
         rho = self.rho.double()
         losses = [torch.as_tensor(loss, device=device).double().squeeze() for loss in (val_loss, train_loss)]
-        slope = (losses[0] - losses[1]) * -(rates_there * dots).sum() * scale / rho
+        gap = mean_of_all_ranks(losses[0] - losses[1])  # each rank has the loss of its own batch
+        slope = gap * -(rates_there * dots).sum() * scale / rho
         new = (rho - self.beta * slope).clamp(self.rho_min, self.rho_max)
         self.rho.copy_(torch.where(skipped | ~slope.isfinite(), rho, new))
         same_on_all_ranks(self.rho)

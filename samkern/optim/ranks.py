@@ -8,16 +8,28 @@ import torch
 from torch import Tensor, nn
 
 
+def has_ranks() -> bool:
+    """Whether there is a default process group, if only of one process."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def n_ranks() -> int:
     """How many processes the default process group has; 1 without one."""
-    known = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if known else 1
+    return torch.distributed.get_world_size() if has_ranks() else 1
 
 
 def same_on_all_ranks(x: Tensor) -> Tensor:
     """Writes rank 0's ``x`` on all ranks: passes need not be bitwise equal across them. Returns ``x``."""
     if n_ranks() > 1:
         torch.distributed.broadcast(x, src=0)
+    return x
+
+
+def mean_of_all_ranks(x: Tensor) -> Tensor:
+    """Writes the mean of ``x`` over all ranks, as gradients are reduced. Returns ``x``."""
+    if n_ranks() > 1:
+        torch.distributed.all_reduce(x)
+        x /= n_ranks()
     return x
 
 
