@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..bitmask import BitMask
 from ..fisher import SampleLosses, fisher_diagonal
-from ..shards import is_sharded, row_major_zeros
 from ..sharded_select import largest_of_shards
+from ..shards import is_sharded, row_major_zeros
 from .checks import at_least_int, between, one_of
 
 Losses = Iterable[Tensor] | SampleLosses
