@@ -13,6 +13,7 @@ from .. import backends
 from ..bitmask import BitMask
 from ..plan import Kept, TensorPlan, make_plan
 from ..reference import mask_bytes, math_dtype
+from ..sharded_plan import ShardedPlan
 from ..shards import local, locals_of
 from ..tensors import check_parameters, is_capturing, is_dense
 from .base import FusedRule, fitted, fused_rule
@@ -80,6 +81,11 @@ class PlanKeeper:
                 raise RuntimeError("parameters or the backend changed between the two passes of a step")
             plan = self._build(resolved)
         return plan
+
+    def place_gradients(self) -> None:
+        """Sees to it that every process has the same part of a gradient as of its parameter, for whoever reads both."""
+        if isinstance(self._plan, ShardedPlan):
+            self._plan.place_gradients()
 
     def restore(self) -> None:
         """Undoes a perturbation, if there is one."""

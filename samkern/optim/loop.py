@@ -334,6 +334,7 @@ class StepLoop(OptimizerAround):
     def _begin(self) -> StepRecord:
         """Decides what becomes of this step, whose first gradients are in place unless it climbs before its only pass."""
         self._keeper.plan()
+        self._keeper.place_gradients()
         decision = self.schedule.decide(Now(self._t, self._norm_sq))
         if decision == Decision.LOOK and self.reuse is not None and not self.reuse.samples(self._looking()):
             decision = Decision.REUSE
@@ -394,6 +395,7 @@ class StepLoop(OptimizerAround):
         plan = self._keeper.plan(in_step=True)
         rule = self._keeper.prepare(plan, with_cache=mix.mix.fills_cache)
         if record.looked:
+            self._keeper.place_gradients()
             self._with_both_gradients(overwrites=rule is None)
         options = [rule.group(group) for group in self.param_groups] if rule else ()
         check, clip = self.nonfinite == "skip" or self._loss_scale.is_used, self.max_grad_norm or 0.0
@@ -445,6 +447,7 @@ class StepLoop(OptimizerAround):
             for p in params:
                 p.grad = None
             loss = _evaluate(closure)
+            self._keeper.place_gradients()
             own(params)
             fit.check_loss(loss)
             return loss, [p.grad for p in params]
