@@ -237,8 +237,8 @@ class Net(nn.Module):
         self.dtype = FP32  # of batches
         self.first = nn.Linear(5, 12)
         self.norm = nn.LayerNorm(12)
-        self.second = nn.Linear(12, 7)
-        self.head = nn.Linear(7, 3)
+        self.second = nn.Linear(12, 8)
+        self.head = nn.Linear(8, 3)
         self.frozen = nn.Parameter(torch.randn(5), requires_grad=False)
         self.unused = nn.Parameter(torch.randn(3, 3))
 
@@ -288,14 +288,20 @@ def my_rows(net: Net, x: Tensor) -> Tensor:
     return x.chunk(count)[index]
 
 
-def closure_for(net: Net, t: int, opt: Any, scale: Callable[[Tensor], Tensor] = lambda loss: loss) -> Callable[[], Tensor]:
-    """Of this rank's rows. Gradients of what is not sharded are averaged over ranks here."""
-    x, y = (my_rows(net, part) for part in batch(t, net.dtype))
+def closure_for(net: Net, t: int, opt: Any, scaler: torch.amp.GradScaler | None = None) -> Callable[[], Tensor]:
+    """Of this rank's rows. Gradients of what is not sharded are averaged over ranks here.
+
+    With a scaler, step 5 has one row whose gradient overflows with a scale as large as 2^126.
+    """
+    x, y = batch(t, net.dtype)
+    if scaler is not None and t == 5:
+        y[0] *= 1e3
+    x, y = my_rows(net, x), my_rows(net, y)
 
     def closure() -> Tensor:
         opt.zero_grad()
         loss = (net(x) - y).square().mean()
-        scale(loss).backward()
+        (loss if scaler is None else scaler.scale(loss)).backward()
         average_plain(net)
         return loss.detach()
 
@@ -344,14 +350,13 @@ def _closure(net: Net, opt: Any, t: int, scaler: Any) -> None:
     if scaler is None:
         opt.step(closure_for(net, t, opt))
     else:
-        opt.step(closure_for(net, t, opt, scaler.scale), scaler=scaler)
+        opt.step(closure_for(net, t, opt, scaler), scaler=scaler)
         scaler.update()
 
 
 def _halves(net: Net, opt: Any, t: int, scaler: Any) -> None:
     """``first_step`` and ``second_step``, and gradients that are clipped in between if there is a scaler."""
-    scale = (lambda loss: loss) if scaler is None else scaler.scale
-    closure = closure_for(net, t, opt, scale)
+    closure = closure_for(net, t, opt, scaler)
     closure()
     if opt.first_step(scaler=scaler):
         closure()

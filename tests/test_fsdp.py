@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import samkern
-from samkern.optim import SharpnessAware
+from samkern.sharded_select import largest_of_shards
+from samkern.shards import like
 
 from . import sharded
 from .lists import BF16, FP32, FP64
@@ -148,7 +149,7 @@ def test_trainings_of_50_steps_are_those_of_one_process(ranks, n, backend):
 
 
 SAM32 = LONG["SAM"]
-SCALED = Case(samkern.LookSAM, {"rho": 0.1, "k": 2}, dtypes=(FP32,), scale=2.0**127)
+SCALED = Case(samkern.LookSAM, {"rho": 0.1, "k": 2}, dtypes=(FP32,), scale=2.0**125)
 HOW = {
     "replicated": (4, "replicated", LONG, ""),
     "tensor_parallel": (4, "tensor_parallel", LONG, ""),
@@ -179,3 +180,207 @@ def test_a_training_in_mixed_precision(ranks):
     assert_same_training([of_rank["SAM"] for of_rank in ours], alone["SAM"], 1e-2, "mixed")
     exact = sharded.train("whole", SAM32, 8, "reference")
     assert not all(map(torch.equal, exact.weights, alone["SAM"].weights))
+
+
+# ---- what a step asks of other ranks
+
+
+def n_collectives(how, backend):
+    """All-reduces of ours: backward and forward call others by other names."""
+    counts = {}
+    for name in ("SAM", "LookSAM", "SSAMF_batch"):
+        counts[name] = sharded.train(how, LONG[name], 4, backend).collectives
+    return counts
+
+
+@pytest.mark.parametrize(("n", "how", "n_dims"), [(2, "rows", 1), (4, "replicated", 1), (4, "tensor_parallel", 2)])
+def test_sums_are_one_collective_in_a_half_step(ranks, n, how, n_dims):
+    """One for each dimension of a mesh along which something is cut; two where a look fills caches."""
+    (counts, *_) = ranks.run(n, n_collectives, how, FAST, timeout=120)
+    assert counts["SAM"] == [2 * n_dims] * 4
+    assert counts["LookSAM"] == [3 * n_dims, n_dims, n_dims, 3 * n_dims]
+    assert counts["SSAMF_batch"] == [2 * n_dims] * 4  # no refresh among them
+
+
+def one_rank_goes_wrong(what, rank_of_nan, pass_of_nan):
+    """A NaN in a batch or in one entry of a part, on one rank, in one pass of step 1."""
+    net = sharded.sharded(sharded.make_net(), "rows")
+    opt = samkern.LookSAM(net.parameters(), torch.optim.SGD, rho=0.1, k=2, model=net, **sharded.MOMENTUM)
+    opt.step(sharded.closure_for(net, 0, opt))
+    opt.step(sharded.closure_for(net, 1, opt))
+    before, state = [sharded.whole(p) for p in net.parameters()], opt.state_dict()["samkern"]["cache"]
+    caches = [x.full_tensor() for x in state.values()]
+    passes = iter(range(2))
+    mine = torch.distributed.get_rank() == rank_of_nan
+
+    def closure():
+        now = next(passes) == pass_of_nan and mine
+        opt.zero_grad()
+        x, y = (sharded.my_rows(net, part) for part in sharded.batch(2))
+        loss = (net(x * math.nan if now and what == "batch" else x) - y).square().mean()
+        loss.backward()
+        if now and what == "part":
+            net.first.weight.grad.to_local().view(-1)[0] = math.nan
+        return loss
+
+    opt.step(closure)
+    same = all(map(torch.equal, before, [sharded.whole(p) for p in net.parameters()]))
+    same = same and all(map(torch.equal, caches, [x.full_tensor() for x in state.values()]))
+    return same, opt.skips, opt.last_step.skipped, opt.last_step.reason
+
+
+@pytest.mark.parametrize(("what", "rank", "in_pass"), [("batch", 1, 0), ("part", 0, 0), ("part", 1, 1)])
+def test_a_nan_on_one_rank_skips_the_step_on_all(ranks, what, rank, in_pass):
+    results = ranks.run(2, one_rank_goes_wrong, what, rank, in_pass, timeout=60)
+    assert results[0] == results[1]
+    same, skips, skipped, reason = results[0]
+    assert (same, skips, skipped) == (True, 1, True)
+    assert reason
+
+
+class Failing(RuntimeError):
+    pass
+
+
+def fails_in_second_pass(name):
+    net = sharded.sharded(sharded.make_net(), "rows")
+    opt = LONG[name].make(net.parameters(), model=net, backend=FAST)
+    for t in range(2):
+        opt.step(sharded.closure_for(net, t, opt))
+    before = [p.detach().to_local().clone() for p in net.parameters()]
+    calls, first = [], []
+
+    def closure():
+        calls.append(1)
+        if len(calls) == 2:
+            away = any(not torch.equal(p.to_local(), x) for p, x in zip(net.parameters(), before, strict=True))
+            raise Failing(f"away: {away}")
+        loss = sharded.closure_for(net, 3, opt)()
+        first.extend(None if p.grad is None else p.grad.to_local().clone() for p in net.parameters())
+        return loss
+
+    with pytest.raises(Failing, match="away: True"):
+        opt.step(closure)
+    same_weights = all(torch.equal(p.to_local(), x) for p, x in zip(net.parameters(), before, strict=True))
+    same_gradients = all(
+        (g is None and p.grad is None) or torch.equal(p.grad.to_local(), g)
+        for p, g in zip(net.parameters(), first, strict=True)
+    )
+    steps = opt.steps
+    opt.step(sharded.closure_for(net, 3, opt))
+    return same_weights, same_gradients, steps, opt.steps
+
+
+@pytest.mark.parametrize("name", ["SAM", "SSAMF_batch"])
+def test_an_exception_in_the_second_pass_restores_weights_and_gradients(ranks, name):
+    assert ranks.run(2, fails_in_second_pass, name, timeout=60) == [(True, True, 2, 3)] * 2
+
+
+def norms_of_a_step():
+    net = sharded.sharded(sharded.make_net(), "rows")
+    opt = samkern.SAM(net.parameters(), torch.optim.SGD, rho=0.1, lr=0.0, model=net)
+    norms = []
+
+    def closure():
+        loss = sharded.closure_for(net, 0, opt)()
+        norms.append(sum(p.grad.full_tensor().double().square().sum() for p in net.parameters() if p.grad is not None))
+        return loss
+
+    opt.step(closure)
+    last = opt.last_step
+    return [math.sqrt(x) for x in norms], [float(last.grad_norm), float(last.second_norm)]
+
+
+def test_a_step_tells_the_norms_of_whole_gradients(ranks):
+    for expected, told in ranks.run(2, norms_of_a_step, timeout=60):
+        assert told == pytest.approx(expected, rel=1e-6)
+        assert told[0] != told[1]
+
+
+# ---- what does not go together
+
+
+def refused():
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    net = sharded.sharded(sharded.make_net(), "rows")
+    columns = torch.nn.Parameter(sharded.spread(torch.randn(4, 6), mesh, [torch.distributed.tensor.Shard(1)]))
+    before, said = sharded.whole(columns), {}
+
+    def note(what, run):
+        try:
+            run()
+        except Exception as error:
+            said[what] = (type(error).__name__, str(error))
+
+    options = {"lr": 0.1, "rho": 0.1}
+    note("dynamic", lambda: samkern.SSAMD(net.parameters(), torch.optim.SGD, total_steps=9, **options))
+    note("local", lambda: samkern.SAM(net.parameters(), torch.optim.SGD, perturb_sync="local", model=net, **options))
+    note("capturable", lambda: samkern.SAM(net.parameters(), torch.optim.SGD, capturable=True, **options))
+    by_filters = samkern.ASAM([columns], torch.optim.SGD, mode="filter", **options)
+    columns.grad = columns.detach().clone()
+    note("filters", by_filters.first_step)
+    mask = samkern.optim.FisherMask(0.5, fisher="batch", fisher_every=1, renormalise=True, refresh_interval=1)
+    layers = samkern.ASAM([columns], torch.optim.SGD, mode="layer", mask=mask, **options)
+    note("layers", lambda: [(layers.first_step(), layers.second_step()) for _ in range(2)])
+    layers.restore()
+    return said, by_filters.steps, columns.grad is not None, before.shape
+
+
+def test_what_does_not_go_together_is_an_error_that_says_so(ranks):
+    for said, steps, has_gradient, _ in ranks.run(2, refused, timeout=60):
+        kinds = {what: kind for what, (kind, _) in said.items()}
+        assert kinds == dict.fromkeys(("dynamic", "local", "capturable", "filters", "layers"), "ValueError")
+        assert "FisherMask" in said["dynamic"][1]
+        assert "perturb_sync='local'" in said["local"][1]
+        assert "capturable=True" in said["capturable"][1]
+        assert "parameter 0, shape (4, 6)" in said["filters"][1]
+        assert "renormalise=False" in said["layers"][1]
+        assert steps == 0
+        assert has_gradient
+
+
+# ---- masks
+
+
+def some_scores(dtype, kind, seed):
+    generator = torch.Generator().manual_seed(seed)
+    lists = [torch.randn(s, generator=generator, dtype=FP64).abs() for s in sharded.SHAPES]
+    if kind == "ties":
+        lists = [(x * 2).round() / 2 for x in lists]
+    if kind == "tiny":
+        lists = [x * torch.finfo(dtype).tiny for x in lists]
+    if kind == "nan":
+        lists = [torch.where(x > 0.3, math.nan, (x * 8).round()) for x in lists]
+    if kind == "zeros":
+        lists = [torch.zeros_like(x) for x in lists]
+    if kind == "infinite":
+        lists = [torch.where(x > 1, math.inf, x) for x in lists]
+    return [x.to(dtype) for x in lists]
+
+
+KINDS = ("random", "ties", "tiny", "nan", "zeros", "infinite")
+N_ENTRIES = sum(math.prod(shape) for shape in sharded.SHAPES)
+
+
+def select(layout, dtype, kind, ks):
+    mesh, placements = sharded.LAYOUTS[layout](torch.distributed.get_world_size())
+    scores = some_scores(dtype, kind, seed=5)
+    scores = [x if (how := placements(i, x)) is None else sharded.spread(x, mesh, how) for i, x in enumerate(scores)]
+    masks = []
+    for k in ks:
+        parts = largest_of_shards(scores, k).unpack()
+        masks.append([sharded.whole(like(part, x)) for part, x in zip(parts, scores, strict=True)])
+    return masks
+
+
+@pytest.mark.parametrize(("n", "layout"), [(2, "rows"), (4, "rows"), (4, "replicated_rows"), (2, "partly")])
+def test_the_largest_of_parts_are_those_of_the_whole(ranks, n, layout):
+    ks = [0, 1, 17, N_ENTRIES // 2, N_ENTRIES - 3, N_ENTRIES]
+    for dtype in (FP32, FP64):
+        for kind in KINDS:
+            results = ranks.run(n, select, layout, dtype, kind, ks, timeout=60)
+            for j, k in enumerate(ks):
+                expected = samkern.ops.topk_mask(some_scores(dtype, kind, seed=5), k, nan="last").unpack()
+                for of_rank in results:
+                    assert all(map(torch.equal, of_rank[j], expected)), (dtype, kind, k)
+                assert sum(int(x.sum()) for x in expected) == k
