@@ -334,7 +334,7 @@ def train(how: str, case: Case, steps: int, backend: str | None, feature: str = 
     for t in range(steps):
         with counted() as calls:
             WAYS[feature](net, opt, t, scaler)
-        collectives.append(len(calls))
+        collectives.append(sum(args[0].dtype == FP64 for args in calls))  # gradients are in float32
         last = opt.last_step
         reports.append((last.decision.name, float(last.grad_norm), float(last.second_norm or 0.0), bool(last.skipped)))
     return left(opt, params, reports, collectives)

@@ -123,6 +123,8 @@ class StepLoop(OptimizerAround):
         """
         if closure is None and self._pending is not None:
             return self.second_step()
+        if closure is None and self._only_makes_state():
+            return self.base.step()
         fit.check_closures(self, closure, val_closure)
         self.require_idle("step()")
         try:
@@ -130,6 +132,13 @@ class StepLoop(OptimizerAround):
             return self._step(closure, val_closure)
         finally:
             self._loss_scale.let_go()
+
+    def _only_makes_state(self) -> bool:
+        """Whether this is how torch has state made for ``get_optimizer_state_dict()``: a first step at a rate of zero.
+
+        It would leave that rate behind if it met an error.
+        """
+        return self._t == 0 and not self.base.state and all(group.get("lr") == 0 for group in self.param_groups)
 
     def _step(self, closure: Closure | Sequence[Closure] | None, val_closure: Closure | None) -> Any:
         if closure is None:
