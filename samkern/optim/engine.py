@@ -67,7 +67,8 @@ class SharpnessAware(StepLoop):
         reuse: what a look leaves for the others.
         mask: which entries are perturbed; None: all of them. A group with ``masked=False`` is perturbed entirely.
         radius: overrides the perturbation's ``rho``: a number, or a ``LearnedRadius``.
-        model: its BatchNorm statistics are frozen in second passes.
+        model: its BatchNorm statistics are frozen in second passes. Give what ``torch.compile`` returned, if the model is
+            compiled: with the original, second passes are a graph of their own.
         max_grad_norm: clips what the base receives to this norm, > 0. The perturbation is not affected.
         cache_dtype: ``torch.float32`` or ``torch.bfloat16`` for what ``reuse`` keeps (float32: float64 for float64 weights).
         share_rng: gives both passes the same random numbers (dropout masks). Only with ``step(closure)``.

@@ -26,6 +26,7 @@ from .around import OptimizerAround
 from .base import fused_rule
 from .change import Change
 from .checks import one_number_on
+from .eager import eager
 from .fixed_gradients import FixedGradients
 from .gradients import GradientMean, norm_sq, own
 from .keeper import PlanKeeper, parameters_of
@@ -170,6 +171,7 @@ class StepLoop(OptimizerAround):
             raise
         return loss
 
+    @eager
     def _step_of_parts(self, closures: Sequence[Closure]) -> Any:
         """m-SAM: every part climbs by its own gradient."""
         params = parameters_of(self.base)
@@ -247,6 +249,7 @@ class StepLoop(OptimizerAround):
             return False
         return self.schedule.decide(Now(self._t, self._norm_sq)) == Decision.LOOK
 
+    @eager
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False, *, scaler: GradScaler | None = None) -> bool:
         """First half of a step, after the first backward. Returns whether a second backward is wanted.
@@ -269,6 +272,7 @@ class StepLoop(OptimizerAround):
             self.restore()
             raise
 
+    @eager
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
         """Second half of a step: restores the weights and updates them. Then zeroes the gradients, if asked to."""
@@ -290,6 +294,7 @@ class StepLoop(OptimizerAround):
     def _take(self, scaler: GradScaler | None) -> None:
         self._loss_scale.take(scaler, self._keeper.kept.skips.device)
 
+    @eager
     @contextlib.contextmanager
     def perturbed(self) -> Iterator[None]:
         """Around the only pass of a step: weights are perturbed within, and as they were after it. Then ``step()`` updates.
@@ -314,6 +319,7 @@ class StepLoop(OptimizerAround):
             raise
         self._passed = record
 
+    @eager
     @torch.no_grad()
     def restore(self) -> None:
         """Undoes ``first_step()``: weights bitwise, gradients if they were kept. Nothing to undo: does nothing.
@@ -334,6 +340,7 @@ class StepLoop(OptimizerAround):
         """Our options of each group, by their plain names, with its parameters."""
         return [{**self.options(group), "params": group["params"]} for group in self.param_groups]
 
+    @eager
     def _first_half(self, keep: bool) -> bool:
         self._pending = record = self._begin()
         if record.looked:
@@ -379,6 +386,7 @@ class StepLoop(OptimizerAround):
         if self.model is not None:
             self._until_done.enter_context(frozen_running_stats(self.model))
 
+    @eager
     def _climb_before_pass(self, passed: StepRecord | None = None) -> None:
         """Perturbs the weights before the only pass of a step, or as for the part of it that has ``passed``."""
         self._pending = record = self._begin() if passed is None else passed
@@ -444,6 +452,7 @@ class StepLoop(OptimizerAround):
         # Learning-rate schedulers look here to see whether their optimizer has stepped; either of the two may have one.
         self._opt_called = self.base._opt_called = True  # type: ignore[attr-defined]
 
+    @eager
     def _learn(self, learned: LearnedRadius, closure: Closure, val_closure: Closure) -> None:
         """Takes the gradients of both closures at the new weights, and gives them to the radius."""
         params = parameters_of(self.base)

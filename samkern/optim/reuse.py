@@ -176,7 +176,8 @@ class Difference(Reuse):
         warmup_steps: before this step, looks sample everything.
 
     With a model that ``DistributedDataParallel`` wraps, looks sample everything: its reducer waits for every gradient. Under
-    ``torch.compile`` every new set of sampled components compiles the backward anew: keep them few.
+    ``torch.compile`` every new set of sampled components compiles the model anew, and after 8 of them (torch's limit) it runs
+    as written: name two or three components.
 
     Raises:
         ValueError: an option is out of range, or a parameter is named twice.
