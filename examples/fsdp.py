@@ -43,7 +43,7 @@ def train(net, opt, steps):
             return loss
 
         loss = opt.step(closure)
-    return loss
+    return loss.detach()
 
 
 net, opt = build(seed=0)

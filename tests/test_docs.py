@@ -71,13 +71,18 @@ def test_every_public_name_is_documented_with_an_example(name):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_examples(path):
-    result = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, cwd=ROOT, check=False)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if path.stem in ("ddp", "fsdp") else []
+    result = subprocess.run(
+        [sys.executable, *launcher, str(path)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout
     assert "nan" not in result.stdout
     if path.stem in ("accumulate", "compiled"):
         assert "equal up to rounding: True" in result.stdout
         assert "False" not in result.stdout
+    if path.stem == "fsdp":
+        assert "resumed bit-exact: True" in result.stdout
     if path.stem == "resume":
         assert "bit-exact: True" in result.stdout
         assert "momentum handed over: True" in result.stdout

@@ -144,4 +144,4 @@ class Components:
 
 def _reduces_gradients(model: nn.Module | None) -> bool:
     """Whether a reducer waits for the gradient of every parameter, so that a pass cannot be restricted."""
-    return isinstance(model, DistributedDataParallel) or n_ranks() > 1
+    return isinstance(model, DistributedDataParallel) or n_ranks(model) > 1

@@ -56,6 +56,7 @@ class StepLoop(OptimizerAround):
             "_until_done",
             "_fixed",
             "_loss_scale",
+            "_unreduced",
             "last_step",
             "grad_scale",
             "found_inf",
@@ -74,6 +75,7 @@ class StepLoop(OptimizerAround):
     _masking: Masking | None = None
     learned: LearnedRadius | None = None
     perturb_sync = "global"
+    _unreduced = False  # whether the gradients in place are those of this process alone
 
     perturbation: Perturbation
     schedule: Schedule
@@ -234,18 +236,25 @@ class StepLoop(OptimizerAround):
         self._pending = self._passed
         self.second_step()
 
-    def first_pass(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def first_pass(self) -> Iterator[None]:
         """Around the first pass of a step without a closure: what ``perturb_sync="local"`` asks of it.
 
         ``with opt.first_pass(): loss_fn(net(x), y).backward()``, and then ``first_step()``. The forward, too, and all
         micro-batches. If the step will climb by each process's own gradient, none is reduced; else nothing is different.
+
+        Raises:
+            ValueError: ``model=`` is not one whose reduction can be left out.
         """
         fit.check_sync(self)
-        return no_reduction(self.model) if self._climbs_locally() else contextlib.nullcontext()
+        climbs_locally = self._climbs_locally()
+        with no_reduction(self.model) if climbs_locally else contextlib.nullcontext():
+            yield
+        self._unreduced = climbs_locally
 
     def _climbs_locally(self) -> bool:
         """Whether this step, before its first pass, will climb by the gradient of its own process alone."""
-        if self.perturb_sync == "global" or n_ranks() == 1:
+        if self.perturb_sync == "global" or n_ranks(self.model) == 1:
             return False
         return self.schedule.decide(Now(self._t, self._norm_sq)) == Decision.LOOK
 
@@ -262,9 +271,16 @@ class StepLoop(OptimizerAround):
         ``scaler``: by which the losses of both passes are scaled, see ``step()``. Then ``second_step()``, or
         ``scaler.step(opt)`` (before which ``scaler.unscale_(opt)`` may be called, to clip the second gradients); and
         ``scaler.update()``.
+
+        Raises:
+            RuntimeError: the choices need ``step(closure)``, or the first pass was not within ``first_pass()`` and should be.
         """
         fit.check_halves(self)
         self.require_idle("first_step()")
+        if self._climbs_locally() and not self._unreduced:
+            raise RuntimeError(
+                "perturb_sync='local': put `with opt.first_pass():` around the first forward and backward"
+            )
         try:
             self._take(scaler)
             return self._first_half(keep=not zero_grad)
@@ -436,7 +452,7 @@ class StepLoop(OptimizerAround):
     def _settle(self, record: StepRecord) -> None:
         """The step has been taken."""
         t, self._t = self._t, self._t + 1
-        self._passed = None
+        self._passed, self._unreduced = None, False
         self.evaluations += record.evaluations
         self.last_step = record
         if self.reuse is not None:
@@ -474,7 +490,7 @@ class StepLoop(OptimizerAround):
             with frozen_running_stats(self.model) if self.model is not None else contextlib.nullcontext():
                 train, val = evaluate(closure), evaluate(val_closure)
             lrs = [group["lr"] for group in self.param_groups for _ in group["params"]]
-            learned.learn(train, val, lrs, record.was_skipped, self._scaling, self._keeper.resolved())
+            learned.learn(train, val, lrs, record.was_skipped, self._scaling, self._keeper.resolved(), self.model)
         finally:
             for p, grad in zip(params, before, strict=True):
                 p.grad = grad
@@ -484,10 +500,11 @@ class StepLoop(OptimizerAround):
 
     def _norm_sq(self) -> Tensor:
         device, backend = self._keeper.kept.skips.device, self._keeper.resolved()
-        return same_on_all_ranks(norm_sq([p.grad for p in parameters_of(self.base)], self._scaling, backend, device))
+        x = norm_sq([p.grad for p in parameters_of(self.base)], self._scaling, backend, device)
+        return same_on_all_ranks(x, self.model)
 
     def _change_of_look(self, report: Tensor) -> tuple[Tensor, Tensor]:
-        change_sq, grad_sq = same_on_all_ranks(torch.stack(self._change.squares(report)))
+        change_sq, grad_sq = same_on_all_ranks(torch.stack(self._change.squares(report)), self.model)
         return change_sq, grad_sq
 
     @property

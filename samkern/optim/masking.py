@@ -133,7 +133,7 @@ class Masking:
         )
         if new is not None:
             if not any(map(is_sharded, params)):
-                same_on_all_ranks(new.bits)
+                same_on_all_ranks(new.bits, model)
             self._put(dict(zip(params, new.parts(), strict=True)))
             self._refreshed = dict(zip(params, old.parts(), strict=True))
 

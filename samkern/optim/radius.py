@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..options import Scaling
@@ -113,10 +113,11 @@ class LearnedRadius:
         skipped: Tensor,
         scaling: Scaling,
         backend: str,
+        model: nn.Module | None = None,
     ) -> None:
         """Updates the radius from losses and gradients at ``w+``, unless the step was skipped or something is not finite.
 
-        ``lrs``: of each parameter.
+        ``lrs``: of each parameter. ``model``: whose ranks each have a loss of their own.
         """
         (train_loss, gt), (val_loss, gv) = train, val
         moves = [(i, a, b) for i, a, b in self._moves if gt[i] is not None or gv[i] is not None]
@@ -140,11 +141,11 @@ class LearnedRadius:
             scale = scale * (inverse_sq(scaling) ** 0.5)
         rho = self.rho.double()
         losses = [torch.as_tensor(loss, device=device).double().squeeze() for loss in (val_loss, train_loss)]
-        gap = mean_of_all_ranks(losses[0] - losses[1])  # each rank has the loss of its own batch
+        gap = mean_of_all_ranks(losses[0] - losses[1], model)
         slope = gap * -(rates_there * dots).sum() * scale / rho
         new = (rho - self.beta * slope).clamp(self.rho_min, self.rho_max)
         self.rho.copy_(torch.where(skipped | ~slope.isfinite(), rho, new))
-        same_on_all_ranks(self.rho)
+        same_on_all_ranks(self.rho, model)
 
     def settle(self, t: int, looked: bool) -> None:
         """Step ``t`` is done. ``is_ready`` is now whether ``learn`` is due."""

@@ -1,4 +1,7 @@
-"""What all processes of a training must agree on, and what each of them has for itself."""
+"""What all processes of a training must agree on, and what each of them has for itself.
+
+They are those that share ``model``: the process group of a ``DistributedDataParallel``, else all there are.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +16,34 @@ def has_ranks() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def n_ranks() -> int:
-    """How many processes the default process group has; 1 without one."""
-    return torch.distributed.get_world_size() if has_ranks() else 1
+def n_ranks(model: nn.Module | None) -> int:
+    """How many processes there are; 1 without a process group."""
+    return torch.distributed.get_world_size(_group(model)) if has_ranks() else 1
 
 
-def same_on_all_ranks(x: Tensor) -> Tensor:
+def same_on_all_ranks(x: Tensor, model: nn.Module | None) -> Tensor:
     """Writes rank 0's ``x`` on all ranks: passes need not be bitwise equal across them. Returns ``x``."""
-    if n_ranks() > 1:
-        torch.distributed.broadcast(x, src=0)
+    if n_ranks(model) > 1:
+        torch.distributed.broadcast(x, group=_group(model), group_src=0)
     return x
 
 
-def mean_of_all_ranks(x: Tensor) -> Tensor:
+def mean_of_all_ranks(x: Tensor, model: nn.Module | None) -> Tensor:
     """Writes the mean of ``x`` over all ranks, as gradients are reduced. Returns ``x``."""
-    if n_ranks() > 1:
-        torch.distributed.all_reduce(x)
-        x /= n_ranks()
+    if n_ranks(model) > 1:
+        torch.distributed.all_reduce(x, group=_group(model))
+        x /= n_ranks(model)
     return x
 
 
 def largest_of_all_ranks(x: Tensor, model: nn.Module | None) -> None:
-    """Writes the largest ``x`` among the processes that share ``model``."""
-    if n_ranks() > 1:
-        group = getattr(model, "process_group", None)
-        torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX, group=group)
+    """Writes the largest ``x`` of all ranks."""
+    if n_ranks(model) > 1:
+        torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX, group=_group(model))
+
+
+def _group(model: nn.Module | None) -> torch.distributed.ProcessGroup | None:
+    return getattr(model, "process_group", None)
 
 
 def can_skip_reduction(model: nn.Module | None) -> bool:
