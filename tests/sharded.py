@@ -72,7 +72,12 @@ def grid(n: int) -> tuple[DeviceMesh, Callable[[int, Tensor], list[Any]]]:
     """As with tensor parallelism: along rows and columns, along rows twice, or along one dimension of the mesh only."""
 
     def placements(i: int, x: Tensor) -> list[Any]:
-        choices = [[Shard(0), Shard(x.dim() - 1)], [Shard(0), Shard(0)], [Replicate(), Shard(0)], [Shard(0), Replicate()]]
+        choices = [
+            [Shard(0), Shard(x.dim() - 1)],
+            [Shard(0), Shard(0)],
+            [Replicate(), Shard(0)],
+            [Shard(0), Replicate()],
+        ]
         return choices[i % 4]
 
     return init_device_mesh("cpu", (2, n // 2)), placements
@@ -150,7 +155,9 @@ class Left:
     plan: str
 
 
-def take_steps(case: Case, params: list[Tensor], steps: range, opt: samkern.SharpnessAware) -> tuple[list[Any], list[int]]:
+def take_steps(
+    case: Case, params: list[Tensor], steps: range, opt: samkern.SharpnessAware
+) -> tuple[list[Any], list[int]]:
     reports, collectives = [], []
     scaler = None if case.scale is None else torch.amp.GradScaler("cpu", init_scale=case.scale, growth_interval=2)
     for t in steps:
@@ -328,7 +335,11 @@ def train(how: str, case: Case, steps: int, backend: str | None, feature: str = 
     if how != "whole":
         sharded(net, how)
     params = list(net.parameters())
-    opt = case.make(params, backend=backend, model=net) if "samples" not in case.options else _with_samples(case, net, backend)
+    opt = (
+        case.make(params, backend=backend, model=net)
+        if "samples" not in case.options
+        else _with_samples(case, net, backend)
+    )
     scaler = None if case.scale is None else torch.amp.GradScaler("cpu", init_scale=case.scale, growth_interval=4)
     reports, collectives = [], []
     for t in range(steps):
@@ -343,7 +354,9 @@ def train(how: str, case: Case, steps: int, backend: str | None, feature: str = 
 def _with_samples(case: Case, net: Net, backend: str | None) -> samkern.SharpnessAware:
     options = {name: value for name, value in case.options.items() if name != "samples"}
     losses = sample_losses(net, case.options["samples"])
-    return case.cls(net.parameters(), case.base, sample_losses=losses, **options, **case.base_options, backend=backend, model=net)
+    return case.cls(
+        net.parameters(), case.base, sample_losses=losses, **options, **case.base_options, backend=backend, model=net
+    )
 
 
 def _closure(net: Net, opt: Any, t: int, scaler: Any) -> None:

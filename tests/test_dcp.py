@@ -179,8 +179,7 @@ def copies(name):
         results[how + ", later"] = everything(twin, other)
     train(net, opt, range(SAVED, END))
     end = everything(net, opt)
-    results = {how: same(value, end) if "later" in how else value for how, value in results.items()}
-    return results
+    return {how: same(value, end) if "later" in how else value for how, value in results.items()}
 
 
 @pytest.mark.parametrize("name", ["LookSAM", "SSAMF"])

@@ -237,7 +237,7 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(ranks, what, rank, in_pass):
     assert reason
 
 
-class Failing(RuntimeError):
+class FailingError(RuntimeError):
     pass
 
 
@@ -253,12 +253,12 @@ def fails_in_second_pass(name):
         calls.append(1)
         if len(calls) == 2:
             away = any(not torch.equal(p.to_local(), x) for p, x in zip(net.parameters(), before, strict=True))
-            raise Failing(f"away: {away}")
+            raise FailingError(f"away: {away}")
         loss = sharded.closure_for(net, 3, opt)()
         first.extend(None if p.grad is None else p.grad.to_local().clone() for p in net.parameters())
         return loss
 
-    with pytest.raises(Failing, match="away: True"):
+    with pytest.raises(FailingError, match="away: True"):
         opt.step(closure)
     same_weights = all(torch.equal(p.to_local(), x) for p, x in zip(net.parameters(), before, strict=True))
     same_gradients = all(
@@ -371,7 +371,9 @@ def select(layout, ks):
     chosen = {}
     for dtype, kind in SCORES:
         scores = some_scores(dtype, kind)
-        scores = [x if (how := placements(i, x)) is None else sharded.spread(x, mesh, how) for i, x in enumerate(scores)]
+        scores = [
+            x if (how := placements(i, x)) is None else sharded.spread(x, mesh, how) for i, x in enumerate(scores)
+        ]
         for k in ks:
             parts = largest_of_shards(scores, k).unpack()
             chosen[dtype, kind, k] = [sharded.whole(like(part, x)) for part, x in zip(parts, scores, strict=True)]

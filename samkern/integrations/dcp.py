@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, StorageReader
-from torch.distributed.checkpoint import load as load_into
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_into
+from torch.distributed.checkpoint.storage import StorageReader
 
 from ..optim import SharpnessAware
 from ..shards import row_major_zeros
@@ -105,11 +106,13 @@ def _to_fill(metadata: Metadata, name: str, path: Path, params: Sequence[Tensor]
 def _put(into: Any, path: Path, value: Any) -> None:
     """Sets ``into[path[0]][path[1]]... = value``, and makes the dicts and lists on the way."""
     for step, following in zip(path, (*path[1:], None), strict=True):
-        place = int(step) if isinstance(step, str) and step.isdigit() else step
+        place: Any = int(step) if isinstance(step, str) and step.isdigit() else step
         if isinstance(into, list):
-            into += [None] * (int(place) + 1 - len(into))
+            into += [None] * (place + 1 - len(into))
+        there = into[place] if isinstance(into, list) else into.get(place)
         if following is None:
-            into[place] = value
-        elif (into[place] if isinstance(into, list) else into.get(place)) is None:
-            into[place] = [] if isinstance(following, int) else {}
-        into = into[place]
+            there = value
+        elif there is None:
+            there = [] if isinstance(following, int) else {}
+        into[place] = there
+        into = there
