@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_map
 from . import ops
 from .reference import math_dtype
 from .samples import DrawnSamples
-from .shards import is_sharded, row_major_zeros
+from .shards import in_place_of, is_sharded, row_major_zeros
 from .tensors import check_parameters
 from .undisturbed import random_numbers, undisturbed
 
@@ -371,7 +371,7 @@ class _Backward:
             for p in self._touched:
                 p.grad = None
             torch.autograd.backward(loss)
-            return [p.grad for p in params]
+            return [None if p.grad is None else in_place_of(p.grad, p) for p in params]
         finally:
             for p, grad in zip(self._touched, before, strict=True):
                 p.grad = grad

@@ -204,11 +204,16 @@ class ShardedPlan:
 
     # ---- gradients
 
-    def _lend(self) -> None:
-        """Gives the parts the gradients that the parameters have now."""
-        for p, part in zip(self._params, self._parts, strict=True):
+    def place_gradients(self) -> None:
+        """Spreads gradients as their parameters are, where a backward has left them otherwise."""
+        for p in self._params:
             if p.grad is not None:
                 p.grad = in_place_of(p.grad, p)
+
+    def _lend(self) -> None:
+        """Gives the parts the gradients that the parameters have now."""
+        self.place_gradients()
+        for p, part in zip(self._params, self._parts, strict=True):
             part.grad = None if p.grad is None else local(p.grad)
 
     def _finish(self) -> None:

@@ -44,6 +44,22 @@ def like(part: Tensor, whole: Tensor) -> Tensor:
     )
 
 
+def spread_as(x: Tensor, p: Tensor) -> Tensor:
+    """``x``, of the shape of ``p``, spread as ``p`` is; all of it, if ``p`` is not sharded.
+
+    Every process has to ask for it. What is whole has to be the same on all of them.
+    """
+    if not is_sharded(p):
+        return x.full_tensor() if is_sharded(x) else x
+    if is_sharded(x):
+        if x.device_mesh != p.device_mesh:
+            return spread_as(x.full_tensor(), p)
+        return x if x.placements == p.placements else x.redistribute(placements=p.placements)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+
+
 def row_major_zeros(p: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros of the shape of ``p``, spread as it is."""
     part = local(p)

@@ -79,7 +79,9 @@ EXAMPLES = [
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples(path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if path.stem == "ddp" else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if path.stem in ("ddp", "fsdp") else []
+    )
     result = subprocess.run(
         [sys.executable, *launcher, str(path)], capture_output=True, text=True, cwd=ROOT, check=False
     )
@@ -89,6 +91,8 @@ def test_examples(path):
     if path.stem in ("accumulate", "compiled"):
         assert "equal up to rounding: True" in result.stdout
         assert "False" not in result.stdout
+    if path.stem == "fsdp":
+        assert "resumed bit-exact: True" in result.stdout
     if path.stem == "resume":
         assert "bit-exact: True" in result.stdout
         assert "momentum handed over: True" in result.stdout
@@ -161,7 +165,8 @@ def test_the_version_is_one():
 
 ARROWS = {  # a module may import from the left of itself only
     "reference": set(),
-    "tensors": set(),
+    "shards": set(),
+    "tensors": {"shards"},
     "options": set(),
     "backends": set(),
     "batchnorm": set(),
@@ -169,12 +174,17 @@ ARROWS = {  # a module may import from the left of itself only
     "bitmask": {"reference"},
     "reference_masks": {"philox", "reference"},
     "reference_plan": {"reference", "options", "tensors"},
-    "plan": {"backends", "bitmask", "options", "reference_plan"},
-    "ops": {"backends", "bitmask", "reference", "reference_masks", "tensors"},
+    "sharded_plan": {"options", "plan", "reference", "shards"},
+    "sharded_select": {"bitmask", "shards"},
+    "plan": {"backends", "bitmask", "options", "reference_plan", "sharded_plan", "shards"},
+    "ops": {"backends", "bitmask", "reference", "reference_masks", "shards", "tensors"},
     "undisturbed": {"batchnorm", "tensors"},
     "samples": {"undisturbed"},
-    "fisher": {"ops", "reference", "samples", "tensors", "undisturbed"},
-    "optim": {"backends", "batchnorm", "bitmask", "fisher", "ops", "options", "philox", "plan", "reference", "tensors"},
+    "fisher": {"ops", "reference", "samples", "shards", "tensors", "undisturbed"},
+    "optim": {
+        *("backends", "batchnorm", "bitmask", "fisher", "ops", "options", "philox", "plan", "reference", "tensors"),
+        *("sharded_plan", "sharded_select", "shards"),
+    },
     "history": {"optim"},
     "integrations": {"optim"},
     "sharpness": set(),

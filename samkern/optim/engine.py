@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bitmask import BitMask
-from ..shards import like, local
 from . import fit
 from .base import make_base
 from .checks import at_least, one_of
@@ -191,11 +189,7 @@ class SharpnessAware(StepLoop):
     def masks(self) -> list[torch.Tensor | None]:
         """For each parameter, in the order of the groups, which entries the mask chooses: bool; None: it does not choose."""
         masks = self._keeper.kept.masks
-
-        def of(p: Tensor) -> Tensor:
-            return like(BitMask(masks[p], (local(p).shape,)).unpack()[0], p)
-
-        return [of(p) if p in masks else None for p in parameters_of(self.base)]
+        return [self._keeper.mask_of(p) if p in masks else None for p in parameters_of(self.base)]
 
     def explain(self) -> str:
         """Which backend runs the passes, and for each group how it is perturbed and how it is updated, and why."""

@@ -15,7 +15,8 @@ from ..bitmask import BitMask
 from ..options import Held
 from ..plan import Kept, TensorPlan, make_plan
 from ..reference import mask_bytes, math_dtype
-from ..shards import local, locals_of
+from ..sharded_plan import ShardedPlan
+from ..shards import is_sharded, like, local, locals_of, spread_as
 from ..tensors import check_parameters, is_capturing, is_dense
 from .base import FusedRule, fitted, fused_rule
 
@@ -32,9 +33,18 @@ def names_of(base: Optimizer) -> list[str]:
 
 def _fits(name: str, x: Tensor, p: Tensor) -> bool:
     """Whether what a checkpoint has as ``name`` can be of parameter ``p``."""
-    if name == "masks":
-        return x.dtype == torch.uint8 and x.shape == (mask_bytes(local(p).numel()),)
+    if name == "masks" and x.dtype != torch.bool:
+        return x.dtype == torch.uint8 and x.shape == (mask_bytes(p.numel()),)
     return x.shape == p.shape
+
+
+def _bits_of(mask: Tensor, p: Tensor) -> Tensor:
+    """What this process has of the mask of ``p``, from what a checkpoint has: an entry each, or the bits of all of it."""
+    if mask.dtype != torch.bool:
+        if not is_sharded(p):
+            return mask.to(p.device, copy=True)
+        (mask,) = BitMask(mask, (p.shape,)).unpack()
+    return BitMask.pack([local(spread_as(mask, p)).to(p.device)]).bits
 
 
 class PlanKeeper:
@@ -82,6 +92,11 @@ class PlanKeeper:
                 raise RuntimeError("parameters or the backend changed between the two passes of a step")
             plan = self._build(resolved)
         return plan
+
+    def place_gradients(self) -> None:
+        """Sees to it that every process has the same part of a gradient as of its parameter, for whoever reads both."""
+        if isinstance(self._plan, ShardedPlan):
+            self._plan.place_gradients()
 
     def restore(self) -> None:
         """Undoes a perturbation, if there is one."""
@@ -168,9 +183,16 @@ class PlanKeeper:
             self._plan, self.kept = None, self.kept.for_parameters(params)  # a group was added since the last step
         index = {p: i for i, p in enumerate(self.kept.params)}
         state: dict[str, Any] = {"skips": self.kept.skips, "cache_norm": self.kept.cache_norm}
-        for name in ("cache", "masks", "squares"):
+        for name in ("cache", "squares"):
             state[name] = {index[p]: value for p, value in getattr(self.kept, name).items()}
+        # Of a sharded parameter an entry each: bits of a part would be of no use to other numbers of processes.
+        state["masks"] = {index[p]: self.mask_of(p) if is_sharded(p) else bits for p, bits in self.kept.masks.items()}
         return state
+
+    def mask_of(self, p: Tensor) -> Tensor:
+        """The mask of ``p``, which has one: bool, in its shape and spread as it is."""
+        (ones,) = BitMask(self.kept.masks[p], (local(p).shape,)).unpack()
+        return like(ones, p)
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ``ValueError`` if ``state`` is of other parameters."""
@@ -191,11 +213,12 @@ class PlanKeeper:
         if state:
             self.kept.skips.copy_(state["skips"])
             self.kept.cache_norm.copy_(state["cache_norm"])
-            for i, cache in state["cache"].items():
+            for i, cache in state.get("cache", {}).items():
                 self.kept.cache[params[i]] = fitted(cache, params[i], self.cache_dtype_of(params[i])).clone()
-            for name in ("masks", "squares"):
-                values = {params[i]: x.to(params[i].device, copy=True) for i, x in state.get(name, {}).items()}
-                setattr(self.kept, name, values)
+            for i, x in state.get("squares", {}).items():
+                self.kept.squares[params[i]] = spread_as(x, params[i]).to(params[i].device, copy=True)
+            for i, mask in state.get("masks", {}).items():
+                self.kept.masks[params[i]] = _bits_of(mask, params[i])
 
     def base_state_dict(self) -> dict[str, Any]:
         """The base's, without momentum buffers that no step has written yet: torch has none before the first step."""

@@ -123,6 +123,8 @@ class StepLoop(OptimizerAround):
         try:
             if closure is None and self._pending is not None and not self.perturbation.before_pass:
                 return self._step_after_first(scaler)
+            if closure is None and self._only_makes_state():
+                return self.base.step()
             fit.check_closures(self, closure, val_closure)
             self.require_idle("step()")
             self._take(scaler)
@@ -133,6 +135,13 @@ class StepLoop(OptimizerAround):
         finally:
             if self._pending is None:
                 self._loss_scale.let_go()
+
+    def _only_makes_state(self) -> bool:
+        """Whether this is how torch has state made for ``get_optimizer_state_dict()``: a first step at a rate of zero.
+
+        It would leave that rate behind if it met an error.
+        """
+        return self._t == 0 and not self.base.state and all(group.get("lr") == 0 for group in self.param_groups)
 
     def _step(self, closure: Closure | Sequence[Closure], val_closure: Closure | None) -> Any:
         closures = [closure] if callable(closure) else list(closure)
@@ -390,6 +399,7 @@ class StepLoop(OptimizerAround):
         """Decides what becomes of this step, whose first gradients are in place unless it climbs before its only pass."""
         self._loss_scale.refuse_unscaled()
         self._keeper.plan()
+        self._keeper.place_gradients()
         decision = self.schedule.decide(Now(self._t, self._norm_sq))
         if decision == Decision.LOOK and self.reuse is not None and not self.reuse.samples(self._looking()):
             decision = Decision.REUSE
@@ -453,6 +463,7 @@ class StepLoop(OptimizerAround):
         plan = self._keeper.plan(in_step=True)
         rule = self._keeper.prepare(plan, with_cache=mix.mix.fills_cache)
         if record.looked:
+            self._keeper.place_gradients()
             self._with_both_gradients(overwrites=rule is None)
         options = [rule.group(group) for group in self.param_groups] if rule else ()
         check, clip = self.nonfinite == "skip" or self._loss_scale.is_used, self.max_grad_norm or 0.0
@@ -505,6 +516,7 @@ class StepLoop(OptimizerAround):
             for p in params:
                 p.grad = None
             loss = _evaluate(closure)
+            self._keeper.place_gradients()
             own(params)
             fit.check_loss(loss)
             return loss, learned.set_aside([p.grad for p in params])
