@@ -186,7 +186,7 @@ ARROWS = {  # a module may import from the left of itself only
         *("sharded_plan", "sharded_select", "shards"),
     },
     "history": {"optim"},
-    "integrations": {"optim"},
+    "integrations": {"optim", "shards"},
     "sharpness": set(),
     "demo": {"backends", "fisher", "optim", "sharpness"},
 }
