@@ -126,15 +126,44 @@ class _SampleLosses:
             yield sum(x.full_tensor() if isinstance(x, DTensor) else x for x in terms)
 
 
+class Rows(nn.Parameter):
+    """Some rows of a tensor, which knows whose: what another process might have."""
+
+    of: torch.Size
+    which: slice
+
+
+def rows_of(x: Tensor, which: slice) -> Rows:
+    part = Rows(x[which].clone())
+    part.of, part.which = x.shape, which
+    return part
+
+
+def part_as(p: Tensor, x: Tensor) -> Tensor:
+    """Of ``x``, which is whole, what this process has of ``p``."""
+    if isinstance(p, DTensor):
+        return spread(x, p.device_mesh, list(p.placements))
+    return x[p.which] if isinstance(p, Rows) else x
+
+
+def whole_shape(p: Tensor) -> torch.Size:
+    return p.of if isinstance(p, Rows) else p.shape
+
+
 def noise_like(p: Tensor, seed: int) -> Tensor:
-    x = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed), dtype=FP64).to(p.dtype)
-    return spread(x, p.device_mesh, list(p.placements)) if isinstance(p, DTensor) else x
+    generator = torch.Generator("cpu").manual_seed(seed)
+    x = torch.randn(whole_shape(p), generator=generator, dtype=FP64, device="cpu")
+    return part_as(p, x.to(p.device, p.dtype))
 
 
 def initial(case: Case, shapes: list[tuple[int, ...]] = SHAPES) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator("cpu").manual_seed(3)
+    device = torch.get_default_device()
     dtypes = [case.dtypes[i % len(case.dtypes)] for i in range(len(shapes))]
-    return [torch.randn(s, generator=generator, dtype=FP64).to(d) for s, d in zip(shapes, dtypes, strict=True)]
+    return [
+        torch.randn(shape, generator=generator, dtype=FP64, device="cpu").to(device, dtype)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
 
 
 def gradient(p: Tensor, i: int, t: int) -> Tensor:
@@ -174,13 +203,13 @@ def take_steps(
                     g = g * float(scaler.scale(torch.ones(())))
                 p.grad = g.to(p.dtype)
                 if now == case.poisoned and i == 2:  # of all of it the last entry: one rank has it
-                    _poison(p.grad)
+                    _poison(p)
             return torch.tensor(1.0 + math.sin(t + now[1]), dtype=FP64)
 
         more: dict[str, Any] = {} if scaler is None else {"scaler": scaler}
         if "val_closure" in case.options_of_step:
             more["val_closure"] = lambda t=t, passes=passes: closure(t + 50, passes)
-        with counted() as calls:
+        with counted() if dist.is_initialized() else contextlib.nullcontext([]) as calls:
             opt.step(closure, **more)
         collectives.append(len(calls))
         if scaler is not None:
@@ -190,14 +219,11 @@ def take_steps(
     return reports, collectives
 
 
-def _poison(grad: Tensor) -> None:
-    if not isinstance(grad, DTensor):
-        grad[-1].view(-1)[-1] = math.nan
-        return
-    full = torch.zeros(grad.shape, dtype=grad.dtype)
-    full[-1].view(-1)[-1] = math.nan
-    part = spread(full, grad.device_mesh, list(grad.placements)).to_local()
-    grad.to_local().copy_(torch.where(part.isnan(), part, grad.to_local()))
+def _poison(p: Tensor) -> None:
+    """Of the last entry of the whole tensor, the gradient is NaN."""
+    poison = torch.zeros(whole_shape(p), dtype=p.dtype, device=p.device)
+    poison[-1].view(-1)[-1] = math.nan
+    p.grad += part_as(p, poison)
 
 
 def left_by(case: Case, params: list[Tensor], backend: str) -> Left:
