@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,9 @@ class ShardedPlan:
         self._params, self._group, self._cache_norm = params, group, cache_norm
         self._parts = [_part_of(p) for p in params]
         self._inner = make(self._parts, group, cache_norm, fresh, skips)
-        self._inner.add_up_with(self._add_up)
+        # A reference would be a cycle, and through C++: the plan would never go, nor weights and their copy.
+        ours = weakref.proxy(self)
+        self._inner.add_up_with(lambda sums: ours._add_up(sums))
         self._shards = Shards(params)
         self._bound: list[Any] = []
         self._keys: Sequence[str] = ()

@@ -504,6 +504,19 @@ def test_msam_may_unscale_in_its_closure(backend):
     assert_same(one, other)
 
 
+def test_unscaling_where_the_second_pass_left_no_gradient(backend):
+    net, opt = made(SAM, MOMENTUM, backend)
+    scaler = make_scaler()
+    backward_of(net, 0, scaler)()
+    before = weights(net)
+    assert opt.first_step(scaler=scaler)
+    scaler.unscale_(opt)
+    opt.second_step()
+    scaler.update()
+    assert same_bits(weights(net), before)
+    assert opt.steps == 1
+
+
 @pytest.mark.parametrize("scaler", ["a scaler", 1024.0, torch.amp.GradScaler], ids=repr)
 def test_what_is_no_scaler(scaler, backend):
     net, opt = made(SAM, MOMENTUM, backend)

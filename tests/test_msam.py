@@ -210,6 +210,22 @@ def test_several_blocks_add_up(backend):
     assert other.evaluations == 3
 
 
+def test_a_first_step_at_a_rate_of_zero_counts(backend):
+    """As of a warmup; torch asks for such a step to have state made, but without a pass before it."""
+    net, twin = make_net(FP32), make_net(FP32)
+    opt, other = (make(n.parameters(), lr=0.0, backend=backend) for n in (net, twin))
+    for t in range(3):
+        train(net, opt, [t], FP32)
+        with other.perturbed():
+            closure_for(twin, t, other.zero_grad, FP32)()
+        other.step()
+        assert opt.steps == other.steps == t + 1
+        for each in (opt, other):
+            each.param_groups[0]["lr"] = 0.02
+    assert same_bits(weights(net), weights(twin))
+    assert same_tree(opt.state_dict(), other.state_dict())
+
+
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("block", [False, True])
 def test_an_exception_in_the_pass_changes_nothing(error, block, backend):

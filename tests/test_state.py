@@ -11,7 +11,7 @@ from torch import nn
 
 import samkern
 
-from .lists import FP32, same_bits, sums_error
+from .lists import FP32, same_bits, same_tree, sums_error
 from .methods import BASES, MOMENTUM, SAM, base_named, each_base, each_method, method_named
 from .problems import closure_for, flat, make_net, through_a_file, train, weights
 
@@ -171,6 +171,33 @@ def test_copies_continue_bit_exactly(method, base, how, backend):
     assert other.param_groups[0]["params"][0] is next(twin.parameters())
     train(net, opt, range(4, 8))
     train(twin, other, range(4, 8))
+    assert same_bits(weights(net), weights(twin))
+
+
+@pytest.mark.parametrize(
+    ("name", "holder", "missing"),
+    [
+        ("SSAMF_batch", "_masking", "_new_squares"),
+        ("ARSAM", "reuse", "_component_then"),
+        ("SAM", None, "perturb_sync"),
+        ("SAM", None, "keep_gradients"),
+    ],
+)
+def test_a_pickle_of_an_earlier_version(name, holder, missing, backend):
+    """It lacks an attribute."""
+    net = make_net()
+    opt = method_named(name).make(net.parameters(), MOMENTUM, backend=backend)
+    train(net, opt, range(3))
+    twin, other = copy.deepcopy((net, opt))
+    part = other if holder is None else getattr(other, holder)
+    pickled = dict(part.__reduce_ex__(2)[2])
+    del pickled[missing]
+    vars(part).clear()
+    part.__setstate__(pickled)
+    other.restore()
+    assert same_tree(opt.state_dict(), other.state_dict())
+    train(net, opt, range(3, 9))
+    train(twin, other, range(3, 9))
     assert same_bits(weights(net), weights(twin))
 
 

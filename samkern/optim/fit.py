@@ -122,13 +122,14 @@ def _check_local(opt: StepLoop) -> None:
 
 def check_sync(opt: StepLoop) -> None:
     """Raises ``ValueError`` if gradients cannot stay with their process, and should."""
-    if opt.perturb_sync == "local" and n_ranks(opt.model) > 1 and not can_skip_reduction(opt.model):
+    if opt.perturb_sync == "global" or n_ranks(opt.model) == 1:
+        return
+    if not can_skip_reduction(opt.model):
         raise ValueError(
             "perturb_sync='local' needs model=, the DistributedDataParallel whose reduction it leaves out, got "
             f"model={type(opt.model).__name__}"
         )
-
-    if opt.perturb_sync == "local" and n_ranks(opt.model) > 1 and getattr(opt.model, "static_graph", False):
+    if getattr(opt.model, "static_graph", False):
         raise ValueError(
             "perturb_sync='local' does not go with static_graph=True: that reducer reduces in every backward; leave it out, or "
             "use perturb_sync='global'"

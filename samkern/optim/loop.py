@@ -141,7 +141,8 @@ class StepLoop(OptimizerAround):
 
         It would leave that rate behind if it met an error.
         """
-        return self._t == 0 and not self.base.state and all(group.get("lr") == 0 for group in self.param_groups)
+        fresh = self._t == 0 and self._passed is None and not self.base.state
+        return fresh and all(group.get("lr") == 0 for group in self.param_groups)
 
     def _step(self, closure: Closure | Sequence[Closure], val_closure: Closure | None) -> Any:
         closures = [closure] if callable(closure) else list(closure)
@@ -196,6 +197,7 @@ class StepLoop(OptimizerAround):
                     if rng is not None:
                         rng.rewind()
                     _evaluate(closure)
+                    self._keeper.place_gradients()
                     alpha = self._blend()
                 mean.add(first, alpha)
                 del first  # not through the next pass
@@ -270,7 +272,9 @@ class StepLoop(OptimizerAround):
 
         Raises:
             ValueError: ``model=`` is not one whose reduction can be left out.
+            RuntimeError: within a step: gradients of second passes are reduced.
         """
+        self.require_idle("first_pass()")
         fit.check_sync(self)
         climbs_locally = self._climbs_locally()
         with no_reduction(self.model) if climbs_locally else contextlib.nullcontext():

@@ -55,7 +55,9 @@ class LossScale:
 
     def redo(self, gradients: list[Tensor]) -> None:
         """Scales gradients again that ``unscale_`` has unscaled, for somebody to clip them: those of a step have one scale."""
-        if self._scaler is not None and self.scale is not None and _stage(self._scaler, self._owner) == "UNSCALED":
+        if self._scaler is None or self.scale is None or not gradients:
+            return
+        if _stage(self._scaler, self._owner) == "UNSCALED":
             torch._foreach_mul_(gradients, self.scale)
 
     def tell(self, skipped: Tensor) -> None:

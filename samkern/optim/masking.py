@@ -45,6 +45,10 @@ class Masking:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_undo": None, "_refreshed": None, "_first": {}, "_new_squares": [], "_coverage": []}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._idle()  # an earlier version had less
+        self.__dict__.update(state)
+
     def before_climb(self, t: int, groups: Groups, overwrites: bool, scaling: Scaling, model: nn.Module | None) -> None:
         """Begins step ``t``, with the first gradients in place: refreshes the mask if it is due, and binds it.
 

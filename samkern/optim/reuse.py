@@ -214,6 +214,10 @@ class Difference(Reuse):
         self.options = {"beta": beta}
         self.check(self.options)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # An earlier version had the first of the two only.
+        self.__dict__.update({"_component_then": state["_component"], **state})
+
     def check_parameters(self, params: list[Tensor], model: nn.Module | None) -> None:
         self._components.of(params, model)
 
