@@ -253,6 +253,7 @@ BETWEEN = {
     "deepcopy": lambda net, opt: copy.deepcopy(opt),
     "add_param_group": lambda net, opt: opt.add_param_group({"params": [nn.Parameter(torch.ones(1))]}),
     "first_step": lambda net, opt: opt.first_step(),
+    "first_pass": lambda net, opt: opt.first_pass().__enter__(),
     "step": lambda net, opt: opt.step(lambda: None),
 }
 

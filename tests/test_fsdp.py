@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -296,6 +299,51 @@ def test_a_step_tells_the_norms_of_whole_gradients(ranks):
         assert told[0] != told[1]
 
 
+def goes(backend):
+    mesh, placements = sharded.rows(1)
+    w = torch.nn.Parameter(sharded.spread(torch.ones(4, 3), mesh, placements(0, None)))
+    opt = samkern.SAM([w], torch.optim.SGD, lr=0.1, rho=0.1, backend=backend)
+    opt.step(lambda: w.square().sum().backward())
+    watched = [weakref.ref(x) for x in (opt, opt._keeper.plan())]
+    gc.disable()
+    try:
+        del opt
+        return [ref() is None for ref in watched]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("backend", dict.fromkeys(["reference", FAST]))
+def test_an_optimizer_and_its_plan_go_when_the_last_reference_goes(ranks, backend):
+    """A plan has a copy of the weights."""
+    assert ranks.run(1, goes, backend) == [[True, True]]
+
+
+def take_parts(shard):
+    """m-SAM of two parts, whose gradients are sums over processes if ``shard``, as with sequence parallelism."""
+    w, n = torch.nn.Parameter(torch.arange(1.0, 13.0, dtype=FP64).view(4, 3)), 1
+    if shard:
+        n = torch.distributed.get_world_size()
+        mesh, placements = sharded.rows(n)
+        w = torch.nn.Parameter(sharded.spread(w.detach(), mesh, placements(0, w)))
+    opt = samkern.GRST([w], torch.optim.SGD, lr=0.1, rho=0.1, p=1.0, gamma=2.0)
+
+    def closure(k):
+        gradient = k * sharded.whole(w).square() / n
+        sums = [torch.distributed.tensor.Partial()]
+        w.grad = torch.distributed.tensor.DTensor.from_local(gradient, mesh, sums) if shard else gradient
+
+    for _ in range(3):
+        opt.step([functools.partial(closure, k) for k in (1.0, -2.0)])
+    return sharded.whole(w)
+
+
+def test_parts_whose_gradients_are_sums_over_processes(ranks):
+    alone = take_parts(False)
+    for w in ranks.run(2, take_parts, True):
+        assert torch.allclose(w, alone, rtol=1e-12)
+
+
 # ---- what does not go together
 
 
@@ -303,7 +351,7 @@ def refused():
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
     net = sharded.sharded(sharded.make_net(), "rows")
     columns = torch.nn.Parameter(sharded.spread(torch.randn(4, 6), mesh, [torch.distributed.tensor.Shard(1)]))
-    before, said = sharded.whole(columns), {}
+    before, said, options = sharded.whole(columns), {}, {"lr": 0.1, "rho": 0.1}
 
     def note(what, run):
         try:
@@ -311,7 +359,12 @@ def refused():
         except Exception as error:
             said[what] = (type(error).__name__, str(error))
 
-    options = {"lr": 0.1, "rho": 0.1}
+    older = torch.distributed.fsdp.FullyShardedDataParallel
+    for keeps in (False, True):
+        flat = older(torch.nn.Linear(4, 4), use_orig_params=keeps, device_id=torch.device("cpu"))
+        for model in (flat, None):
+            optimizer = functools.partial(samkern.SAM, flat.parameters(), torch.optim.SGD, model=model, **options)
+            note(f"older {keeps} {model is None}", optimizer)
     note("dynamic", lambda: samkern.SSAMD(net.parameters(), torch.optim.SGD, total_steps=9, **options))
     note("local", lambda: samkern.SAM(net.parameters(), torch.optim.SGD, perturb_sync="local", model=net, **options))
     note("capturable", lambda: samkern.SAM(net.parameters(), torch.optim.SGD, capturable=True, **options))
@@ -328,6 +381,9 @@ def refused():
 
 def test_what_does_not_go_together_is_an_error_that_says_so(ranks):
     for said, steps, has_gradient, same in ranks.run(2, refused, timeout=60):
+        older = [said.pop(what) for what in list(said) if what.startswith("older")]
+        assert len(older) == 4
+        assert all(kind == "ValueError" and "use torch.distributed.fsdp.fully_shard" in text for kind, text in older)
         kinds = {what: kind for what, (kind, _) in said.items()}
         assert kinds == dict.fromkeys(("dynamic", "local", "capturable", "filters", "layers"), "ValueError")
         assert "FisherMask" in said["dynamic"][1]

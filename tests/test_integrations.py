@@ -49,6 +49,22 @@ def test_wrappers_are_looked_into():
         sharpness_aware(torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1))
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_first_gradients_are_kept_if_the_optimizer_is_to(keep):
+    w = nn.Parameter(torch.ones(2))
+    opt = samkern.SAM([w], torch.optim.SGD, lr=0.1, rho=0.1, keep_gradients=keep)
+    batches, held = MicroBatches(), []
+
+    def evaluate(batch):
+        held.append(opt.memory().first_gradients)
+        (w * batch).sum().backward()
+
+    batches.first(opt, evaluate, 1.0)
+    batches.second(opt, evaluate)
+    opt.step()
+    assert held == [0, 8 if keep else 0]
+
+
 @pytest.mark.parametrize("failing", ["first", "second"])
 def test_a_pass_that_fails_leaves_the_weights(failing):
     w = nn.Parameter(torch.ones(2))

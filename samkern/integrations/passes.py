@@ -91,7 +91,7 @@ class MicroBatches:
         if opt.perturbation.before_pass:
             return
         try:
-            if opt.first_step(scaler=scaler):
+            if opt.first_step(zero_grad=not opt.keep_gradients, scaler=scaler):
                 for i, batch in enumerate(batches, 1):
                     with no_sync() if i < len(batches) else contextlib.nullcontext():
                         evaluate(batch)

@@ -34,6 +34,16 @@ def check_choices(opt: StepLoop) -> None:
         _check_local(opt)
     if any(map(is_sharded, parameters_of(opt.base))):
         _check_sharded(opt)
+    if n_ranks(opt.model) > 1 and any(map(_is_flattened, parameters_of(opt.base))):
+        raise ValueError(
+            "parameters of FullyShardedDataParallel are plain tensors, of which no process knows what the others have, and "
+            "norms would be those of parts: use torch.distributed.fsdp.fully_shard, or DistributedDataParallel"
+        )
+
+
+def _is_flattened(p: Tensor) -> bool:
+    """Whether it is, or lies in, a flat parameter of ``FullyShardedDataParallel``, which marks both."""
+    return getattr(p, "_fsdp_flattened", False)
 
 
 def check_kinds(**choices: tuple[Any, type]) -> None:
