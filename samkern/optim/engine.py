@@ -82,9 +82,10 @@ class SharpnessAware(StepLoop):
             "local": by that of each process (m-SAM with a part for each), which saves the first reduction of a look. Needs
             ``model=`` the wrapped model; without a closure also ``first_pass()``. Not for choices that keep or judge
             gradients.
-        keep_gradients: whether ``step(closure)`` (and the integrations) holds the first gradients through the second pass only to put them back if
-            that fails. False frees them, which is the memory of one gradient where a step needs most; methods that mix or
-            compare the two gradients hold them all the same, and so does ``capturable``. See ``memory()``.
+        keep_gradients: whether ``step(closure)``, and integrations, hold the first gradients through the second pass only to
+            put them back if that fails. False frees them, which is the memory of one gradient where a step needs most;
+            methods that mix or compare the two gradients hold them all the same, and so does ``capturable``. See
+            ``memory()``.
         nonfinite: "skip": a step with a NaN or infinite gradient changes nothing. "ignore": only the first gradient of a
             look is checked, which costs nothing.
         backend: name of the backend that runs the passes; by default the fastest one. See ``samkern.backends()``.
