@@ -104,7 +104,7 @@ class Case:
     poisoned: tuple[int, int] | None = None  # the same with a NaN in one entry of the third
     groups: Callable[[list[Tensor]], Any] = list
     scale: float | None = None  # of a loss scaler
-    n_steps: int = 7
+    n_steps: int = 5
     options_of_step: dict[str, Any] = field(default_factory=dict)
 
     def make(self, params: list[Tensor], **more: Any) -> samkern.SharpnessAware:

@@ -88,6 +88,7 @@ def assert_equal(ours, whole, dtypes, what):
             assert (x is None and y is None) or torch.equal(x, y), where
 
 
+@pytest.mark.takes(10)
 @pytest.mark.parametrize(
     ("layout", "n", "backend"),
     [
@@ -99,8 +100,14 @@ def assert_equal(ours, whole, dtypes, what):
     ],
 )
 def test_every_method_on_parts_of_a_list(ranks, layout, n, backend):
-    """Weights, norms, decisions, caches and masks: in float64, what remains is the order of additions."""
-    cases = {name: case for name, case in CASES.items() if layout != "grid" or name not in NOT_ALONG_COLUMNS}
+    """Weights, norms, decisions, caches and masks: in float64, what remains is the order of additions.
+
+    Of the layouts that are not that of ``fully_shard`` each has every third method.
+    """
+    cases = dict(CASES)
+    if layout != "rows":
+        names = list(CASES)[["partly", "replicated_rows", "grid"].index(layout) :: 3]
+        cases = {name: CASES[name] for name in names if layout != "grid" or name not in NOT_ALONG_COLUMNS}
     ours = ranks.run(n, sharded.among_ranks, cases, layout, backend, timeout=240)
     skipped = 0
     for name, case in cases.items():
@@ -109,7 +116,7 @@ def test_every_method_on_parts_of_a_list(ranks, layout, n, backend):
         assert (whole.skips > 0) == (case.poisoned is not None), name
         skipped += whole.skips
         assert ours[0][name].plan == {"reference": "ReferencePlan", "cpu": "Plan"}[backend]
-    assert skipped > 5
+    assert skipped > 5 or layout != "rows"
 
 
 # ---- trainings
@@ -140,10 +147,12 @@ def assert_same_training(ours, whole, tolerance, what):
             assert torch.allclose(x, y, rtol=tolerance, atol=tolerance), f"{where}: {(x - y).abs().max()}"
 
 
+@pytest.mark.takes(12)
 @pytest.mark.parametrize(("n", "backend"), [(2, "reference"), (4, FAST)])
 def test_trainings_of_50_steps_are_those_of_one_process(ranks, n, backend):
-    results = ranks.run(n, train_all, "rows", LONG, 50, backend, timeout=400)
-    for name, case in LONG.items():
+    cases = LONG if n == 2 else {name: LONG[name] for name in ("SAM", "LookSAM", "ARSAM", "SSAMF_batch")}
+    results = ranks.run(n, train_all, "rows", cases, 50, backend, timeout=400)
+    for name, case in cases.items():
         whole = sharded.train("whole", case, 50, "reference")
         assert_same_training([of_rank[name] for of_rank in results], whole, 2e-6, name)
         moved = [(x - y).abs().max() for x, y in zip(whole.weights, sharded.make_net().parameters(), strict=True)]
@@ -169,9 +178,9 @@ HOW = {
 @pytest.mark.parametrize("case", HOW)
 def test_ways_to_train(ranks, case):
     n, how, cases, feature = HOW[case]
-    results = ranks.run(n, train_all, how, cases, 12, FAST, feature, timeout=200)
+    results = ranks.run(n, train_all, how, cases, 8, FAST, feature, timeout=200)
     for name, method in cases.items():
-        whole = sharded.train("whole", method, 12, "reference", feature)
+        whole = sharded.train("whole", method, 8, "reference", feature)
         assert_same_training([r[name] for r in results], whole, 3e-2 if case == "bfloat16" else 2e-6, name)
         assert (whole.skips > 0) == (method.scale is not None)
 
