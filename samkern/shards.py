@@ -34,13 +34,17 @@ def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def like(part: Tensor, whole: Tensor) -> Tensor:
-    """A tensor spread as ``whole`` is, of which this process has ``part``. ``part`` itself if ``whole`` is not sharded."""
+    """A tensor spread as ``whole`` is, of which this process has ``part``, both in row-major order.
+
+    ``part`` itself if ``whole`` is not sharded.
+    """
     if not is_sharded(whole):
         return part
     from torch.distributed.tensor import DTensor
 
+    stride = torch.empty(whole.shape, device="meta").stride()
     return DTensor.from_local(
-        part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=stride
     )
 
 

@@ -476,3 +476,13 @@ def test_it_continues_a_run_of_the_base(backend):
     before = weights(net)
     with opt.perturbed():
         assert not same_bits(weights(net), before)
+
+
+def test_a_group_that_has_no_momentum_is_not_added(backend):
+    net = make_net(FP32)
+    opt = make(net.parameters(), backend=backend)
+    with pytest.raises(ValueError, match="momentum = 0"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(1))], "momentum": 0.0})
+    assert len(opt.param_groups) == 1
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(1))], "momentum": 0.0, "rho": 0.0})
+    assert len(opt.param_groups) == 2

@@ -106,6 +106,16 @@ def test_step_without_a_closure_says_what_to_do(backend):
         opt.step()
 
 
+def test_a_rate_of_zero_does_not_stand_for_a_closure(backend):
+    """torch takes such a step to have state made, with gradients of zero. A warmup begins so, too."""
+    p = nn.Parameter(torch.ones(2))
+    opt = samkern.SAM([p], torch.optim.SGD, lr=0.0, momentum=0.9, backend=backend)
+    p.grad = torch.ones(2)
+    with pytest.raises(TypeError, match="needs a closure"):
+        opt.step()
+    assert not opt.state
+
+
 def test_gradients_after_a_step_are_those_of_the_second_pass(backend):
     """As after torch.optim's step, p.grad is what was used; so it can be logged."""
     net = make_net()

@@ -217,8 +217,17 @@ class SharpnessAware(StepLoop):
             self.mask.check(options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; the new group may override our options. Between the two halves of a step it raises."""
+        """As in torch; the new group may override our options. Between the two halves of a step it raises.
+
+        Raises:
+            ValueError: an option is out of range, or the choices do not go with such parameters. The group is not added.
+        """
         super().add_param_group(param_group)
+        try:
+            fit.check_choices(self)
+        except ValueError:
+            self.param_groups.pop()
+            raise
         self._put_options_on_device()
 
     def _put_options_on_device(self) -> None:

@@ -21,6 +21,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from ..batchnorm import frozen_running_stats
 from ..options import Base, ClimbGroup, Mix, MixOptions, Report, Scaling
+from ..shards import local
 from . import fit
 from .around import OptimizerAround
 from .base import fused_rule
@@ -137,12 +138,14 @@ class StepLoop(OptimizerAround):
                 self._loss_scale.let_go()
 
     def _only_makes_state(self) -> bool:
-        """Whether this is how torch has state made for ``get_optimizer_state_dict()``: a first step at a rate of zero.
+        """Whether this is how torch has state made for ``get_optimizer_state_dict()``: zero gradients at a rate of zero.
 
         It would leave that rate behind if it met an error.
         """
         fresh = self._t == 0 and self._passed is None and not self.base.state
-        return fresh and all(group.get("lr") == 0 for group in self.param_groups)
+        if not fresh or any(group.get("lr") != 0 for group in self.param_groups):
+            return False
+        return not any(p.grad is not None and local(p.grad).any() for p in parameters_of(self.base))
 
     def _step(self, closure: Closure | Sequence[Closure], val_closure: Closure | None) -> Any:
         closures = [closure] if callable(closure) else list(closure)
