@@ -35,7 +35,7 @@ from .trial import Trial
 
 # What may be there at the end that was not when the warm-up was over: less than any leak leaves of thousands of steps.
 # Allocators and the caches of Python and torch go on filling slowly.
-ALLOWED = {"resident": 24e6, "tensors": 64, "objects": 2_000, "cuda": 1e6}
+ALLOWED = {"resident": 12e6, "tensors": 64, "objects": 2_000, "cuda": 1e6}
 WARM_UP, LEAST = 0.3, 12  # share of the samples, and how many there are at least
 CASES, STEPS = 10, 2  # of a round
 

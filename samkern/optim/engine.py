@@ -78,7 +78,7 @@ class SharpnessAware(StepLoop):
             recording, with ``zero_grad(set_to_none=False)``; with ``k > 1``, record a step that looks and one that does not.
             A graph does not refresh a mask: make it before, and again by ``refresh_mask()`` between replays.
         nonfinite: "skip": a step with a NaN or infinite gradient changes nothing. "ignore": only the first gradient of a
-            look is checked, which costs nothing.
+            look is checked, which costs nothing; a base with a step of its own takes it all the same.
         backend: name of the backend that runs the passes; by default the fastest one. See ``samkern.backends()``.
         base_options: options of ``base``.
 
