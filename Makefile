@@ -39,8 +39,11 @@ build-in-place:
 demo: $(BUILT)
 	$(RUN) -m samkern demo $(OPTIONS)
 
+# In as many processes as there are cores, test by test, if pytest-xdist is installed. OPTIONS=-n0 takes one.
+SPREAD = $$($(RUN) -c 'import xdist' 2>/dev/null && echo --numprocesses=auto --maxschedchunk=1)
+
 test: $(BUILT)
-	$(RUN) -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=95 $(OPTIONS)
+	$(RUN) -m pytest $(SPREAD) --cov --cov-report=term-missing:skip-covered --cov-fail-under=95 $(OPTIONS)
 
 lint: $(BUILT)
 	$(RUN) -m ruff format --check .

@@ -120,7 +120,7 @@ class Compiled:
 class PytorchOptimizer:
     """pytorch_optimizer 4.1.0, through its own first_step and second_step."""
 
-    def __init__(self, w: list[Tensor], cls: str, foreach: bool) -> None:
+    def __init__(self, w: list[Tensor], cls: str, foreach: bool, **more) -> None:
         import pytorch_optimizer
 
         self.name = f"pytorch_optimizer {'foreach' if foreach else 'default'}"
@@ -129,7 +129,7 @@ class PytorchOptimizer:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             extra = {"foreach": True} if foreach else {}
-            self.opt = getattr(pytorch_optimizer, cls)(self.params, SGD, rho=RHO, **options, **extra, **OPTIONS)
+            self.opt = getattr(pytorch_optimizer, cls)(self.params, SGD, rho=RHO, **options, **extra, **more, **OPTIONS)
         self.first, self.second = self.opt.first_step, self.opt.second_step
 
     def looks(self) -> bool:

@@ -148,6 +148,21 @@ class Plan {
 
   bool perturbed() const { return perturbed_; }
 
+  // From now on half-steps call add_up(sums), float64 [5, n_tensors + 1], between their sums and what follows from them:
+  // it adds what other processes have of the same tensors. None: the tensors are whole.
+  void add_up_with(py::object add_up) { add_up_ = std::move(add_up); }
+  // What the plan itself keeps in memory now: tensors of the saved copy, first gradients, other tensors, and the bytes
+  // of tables that are no tensors.
+  std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, int64_t> held() const {
+    std::vector<Tensor> first, other;
+    for (const Tensor& g : first_) {
+      if (g.defined()) first.push_back(g);
+    }
+    if (momentum_sq_.defined()) other.push_back(momentum_sq_);
+    if (device_) other.push_back(device_->memory());
+    return {arenas_, first, other, tables_.n_bytes()};
+  }
+
   // Whether the parameters of all groups and their layouts are what the plan was built on.
   bool fits(const py::list& groups) const {
     size_t t = 0;
@@ -208,9 +223,9 @@ class Plan {
   // a mix that reads them and to be put back by restore().
   void perturb(const std::vector<ClimbTuple>& climbs, bool keep, const Tensor& report, const ScalingTuple& scaling,
                bool renormalise) {
-    copies_.clear();
+    std::vector<Tensor> copies;
     bind_weights();
-    bind_gradients(tables_.view.first, /*written=*/false);
+    bind_gradients(tables_.view.first, /*written=*/false, copies);
     climb(climbs, {.scaling = scaling_of(scaling), .renormalise = renormalise}, report);
     gave_gradients_ = true;
     for (size_t t = 0; t < params_.size(); ++t) {
@@ -242,13 +257,13 @@ class Plan {
       const auto how = static_cast<Climb>(std::get<0>(climb));
       return how == Climb::kEuclidean || how == Climb::kSign;
     });
-    const bool known = momentum_sq_known_ && plain && !renormalise;
+    const bool known = momentum_sq_known_ && plain && !renormalise && !is_partial();
     climb(climbs,
           {.renormalise = renormalise,
            .along_momentum = true,
            .momentum_sq = known ? momentum_sq_.const_data_ptr<double>() : nullptr},
           report);
-    if (known || momentum_sq_known_) return;
+    if (known || momentum_sq_known_ || is_partial()) return;
     copy_sums(kAA, momentum_sq_);
     momentum_sq_known_ = true;
   }
@@ -303,14 +318,14 @@ class Plan {
     options.hands_over = options.base == Base::kNone && changes_u;
     const bool adam = options.base == Base::kAdam || options.base == Base::kAdamW;
     PlanView& plan = tables_.view;
-    copies_.clear();
+    std::vector<Tensor> copies;
     bind_weights();
     // A gradient at w is always bound in its own row, so that tables change no more than gradients move.
     Operand* const grads = looked ? plan.grad : plan.first;
-    bind_gradients(grads, options.hands_over);
+    bind_gradients(grads, options.hands_over, copies);
     if (options.base == Base::kNone) std::copy_n(grads, params_.size(), plan.out);
     const bool reads_first = fills_cache(options.mix.mix) || options.mix.mix == Mix::kBlend;
-    if (reads_first) bind_first();
+    if (reads_first) bind_first(copies);
     if (fills_cache(options.mix.mix) || adds_cache(options.mix.mix)) bind_row(plan.cache, cache_);
     if (options.base != Base::kNone) bind_row(plan.state1, state1_);
     if (adam) bind_row(plan.state2, state2_);
@@ -324,6 +339,8 @@ class Plan {
         read.first = plan.grad;  // moments are left there, of another dtype than half types, but nothing reads them
         view.common_dtype = common_dtype(read);
       }
+      const AfterSums add_up = [&] { add_other_processes(view); };
+      if (is_partial()) options.after_sums = &add_up;
       if (device_) {
         device_functions()->update(view, options, index());
       } else {
@@ -355,14 +372,28 @@ class Plan {
     const Tensor table = table_of(groups, options.climb_table);
     {
       py::gil_scoped_release unlocked;
+      const PlanView view = device_ ? device_->upload(plan) : plan;
+      const AfterSums add_up = [&] { add_other_processes(view); };
+      if (is_partial()) options.after_sums = &add_up;
       if (device_) {
-        device_functions()->perturb(device_->upload(plan), options, index());
+        device_functions()->perturb(view, options, index());
       } else {
-        cpu::perturb(plan, options, torch_pool());
+        cpu::perturb(view, options, torch_pool());
       }
     }
     perturbed_ = true;
     for (const Tensor& p : params_) bump_version(p);
+  }
+
+  // Whether every tensor is a part of one that several processes have.
+  bool is_partial() const { return !add_up_.is_none(); }
+
+  void add_other_processes(const PlanView& view) {
+    const int64_t n = n_tensors() + 1;
+    const Tensor sums = device_ ? device_->workspace(view.sums, kCC * n)
+                                : at::from_blob(view.sums, {kCC * n}, at::TensorOptions(at::kDouble));
+    const py::gil_scoped_acquire locked;
+    add_up_(sums.view({kCC, n}));
   }
 
   // A row of plan.sums, as the latest pass left it.
@@ -462,8 +493,9 @@ class Plan {
   }
 
   // Gradients as autograd left them. One that is written must share the parameter's layout: a copy that does replaces
-  // it. On one thread: this one has just made them, and has their headers in its cache.
-  void bind_gradients(Operand* row, bool written) {
+  // it. Of another that does not, a copy is read, which is left in `copies`. On one thread: this one has just made
+  // them, and has their headers in its cache.
+  void bind_gradients(Operand* row, bool written, std::vector<Tensor>& copies) {
     for (size_t t = 0; t < params_.size(); ++t) {
       const Tensor& p = params_[t];
       Tensor& grad = p.mutable_grad();
@@ -473,14 +505,14 @@ class Plan {
       if (written && !same_layout(grad, p)) {
         grad = at::empty_strided(p.sizes(), p.strides(), grad.options()).copy_(grad);
       }
-      row[t] = operand_like(grad, p, copies_);
+      row[t] = operand_like(grad, p, copies);
     }
   }
 
-  void bind_first() {
+  void bind_first(std::vector<Tensor>& copies) {
     for (size_t t = 0; t < params_.size(); ++t) {
       Operand& first = tables_.view.first[t];
-      first = first_[t].defined() ? operand_like(first_[t], params_[t], copies_) : Operand{};
+      first = first_[t].defined() ? operand_like(first_[t], params_[t], copies) : Operand{};
     }
   }
 
@@ -526,12 +558,13 @@ class Plan {
   std::vector<Tensor> first_, state1_, state2_, step_, cache_, mask_;
   std::vector<bool> moves_;  // along its momentum
   std::vector<void*> slots_;
-  std::vector<Tensor> arenas_, copies_;
+  std::vector<Tensor> arenas_;
   BoundState bound_;
   Tensor cache_norm_, fresh_, skips_;
   // Sums of squares of state1_, from the first climb along the momentum on.
   Tensor momentum_sq_;
   bool momentum_sq_known_ = false;
+  py::object add_up_ = py::none();
   uint64_t momentum_versions_ = 0;
   bool perturbed_ = false, gave_gradients_ = false;
 };
@@ -553,6 +586,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::arg("params"), py::arg("group"), py::arg("cache_norm"), py::arg("fresh"), py::arg("skips"),
            py::arg("on_device") = false)
       .def_property_readonly("perturbed", &Plan::perturbed)
+      .def("add_up_with", &Plan::add_up_with, py::arg("add_up").none(true))
+      .def("held", &Plan::held)
       .def("fits", &Plan::fits)
       .def("holds", &Plan::holds)
       .def("bind_state", &Plan::bind_state)

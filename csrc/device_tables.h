@@ -26,6 +26,8 @@ class DeviceTables {
   // Throws while a graph is recorded and an operand has moved: the replays would go on using the old address.
   const PlanView& upload(const PlanView& host);
 
+  const at::Tensor& memory() const { return memory_; }
+
   // n numbers of the workspace, `begin` being an address of the view's: shares its memory.
   at::Tensor workspace(const double* begin, int64_t n) const;
 

@@ -1,9 +1,15 @@
 // What half-steps and passes are told, on every backend. Pointers are to memory of the device on which the plan's
 // tensors are, but for `climbs` and `groups`, which lie on the host.
 #pragma once
+#include <functional>
+
 #include "plan.h"
 
 namespace samkern {
+
+// Called when the sums over gradients are in plan.sums, one per tensor, and before anybody reads them: adds what other
+// processes have of the same tensors. Null: the tensors are whole. Then a half-step is several launches on a GPU.
+using AfterSums = std::function<void()>;
 
 // Groups that a launch on a GPU carries with it; of more, a copy lies on the device.
 constexpr int32_t kCarriedGroups = 64;
@@ -26,6 +32,7 @@ struct PerturbOptions {
   // plan.first are first moments, against which w moves. `scaling` has nothing to undo then.
   bool along_momentum = false;
   const double* momentum_sq = nullptr;  // [n_tensors] their sums of squares, if known: then nothing is reduced
+  const AfterSums* after_sums = nullptr;
 };
 
 struct UpdateOptions {
@@ -43,6 +50,7 @@ struct UpdateOptions {
   double* report = nullptr;       // [kNReport], as perturb left it if the step looked; else written
   int64_t* skips = nullptr;       // counts skipped steps
   double* momentum_sq = nullptr;  // [n_tensors] the sum of squares of every state1 that is written; null: not wanted
+  const AfterSums* after_sums = nullptr;
 
   // Whether sums over the gradients are needed before the update may begin.
   bool reduces() const { return check || max_grad_norm > 0 || mix.mix == Mix::kDecompose || mix.mix == Mix::kReuse; }

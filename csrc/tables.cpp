@@ -120,6 +120,12 @@ void Tables::use_filters() {
   view.filter_aa = view.filter_ww + n_filters_;
 }
 
+int64_t Tables::n_bytes() const {
+  const auto add = [](const auto&... tables) { return (... + (tables.capacity() * sizeof(tables[0]))); };
+  return static_cast<int64_t>(add(operands_, fresh_, numel_, flat_, chunk_cost_, group_, chunk_tensor_, chunk_index_,
+                                  first_chunk_, filters_, filter_runs_, workspace_, filter_sums_));
+}
+
 void Tables::add_tensor(const at::Tensor& like, int32_t index) {
   const int64_t numel = like.numel();
   flat_.push_back(numel_.empty() ? 0 : flat_.back() + numel_.back());

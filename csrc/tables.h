@@ -45,6 +45,8 @@ class Tables {
   // Allocates the tables of filters, which only a filter-wise climb reads.
   void use_filters();
 
+  int64_t n_bytes() const;  // of all tables on the host
+
   size_t n_filters() const { return static_cast<size_t>(n_filters_); }
 
   PlanView view{};

@@ -23,6 +23,11 @@ def has_running_stats(module: nn.Module) -> bool:
     return any(isinstance(getattr(module, name, None), Tensor) for name in ("running_mean", "running_var"))
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether it is what ``torch.compile(module)`` has returned, or ``module.compile()`` has been called."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
 @contextlib.contextmanager
 def frozen_running_stats(model: nn.Module) -> Iterator[None]:
     """Within the block, forwards through ``model`` leave all running statistics as they are.
@@ -32,6 +37,9 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
     else owns a ``running_mean`` or ``running_var`` (instance norms, subclasses with a ``forward`` of their own, modules of
     other packages) has its buffers copied before and written back after. Both are undone when an exception leaves the block.
 
+    If ``torch.compile`` has wrapped the model or compiled any of its modules in place, all buffers are copied: a module that
+    is told not to track is a new one to the compiler, which would compile the model once more.
+
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
     >>> with samkern.frozen_running_stats(model):
     ...     _ = model(torch.randn(8, 2))
@@ -40,8 +48,9 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
     """
     told: list[_BatchNorm] = []
     copies: list[tuple[Tensor, Tensor]] = []
+    compiled = any(map(_is_compiled, model.modules()))
     for module in model.modules():
-        if isinstance(module, _BatchNorm) and type(module).forward in _FORWARDS:
+        if isinstance(module, _BatchNorm) and type(module).forward in _FORWARDS and not compiled:
             if module.track_running_stats:
                 told.append(module)
         elif has_running_stats(module):

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_map
 from . import ops
 from .reference import math_dtype
 from .samples import DrawnSamples
+from .shards import in_place_of, is_sharded, row_major_zeros
 from .tensors import check_parameters
 from .undisturbed import random_numbers, undisturbed
 
@@ -92,6 +93,11 @@ class SampleLosses:
         self._loss = _LossOfBatch(_unwrapped(model), loss_fn)
         self._why_one_by_one = ""
         self._has_warned = False
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, and the loss if it is a module."""
+        return self._loss
 
     def __call__(self) -> SampleLosses:
         """Itself: where a function that returns losses is expected, an instance will do."""
@@ -271,15 +277,19 @@ def fisher_diagonal(
     check_parameters(params)
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples must be >= 1, got {num_samples}")
-    squares = [torch.zeros(p.shape, dtype=math_dtype(p.dtype), device=p.device) for p in params]
+    squares = [row_major_zeros(p, math_dtype(p.dtype)) for p in params]
     n_left_out = torch.zeros((), dtype=torch.int64, device=params[0].device)
     n, depends = 0, False
     # An optimizer asks from within its step, where torch records nothing.
     with torch.enable_grad(), nullcontext() if model is None else undisturbed(model):
-        if isinstance(losses, SampleLosses):
+        if any(map(is_sharded, params)):
+            # What a model reads has been gathered from the shards: only backward() brings gradients to them.
+            module = losses.module if isinstance(losses, SampleLosses) else model
+            samples = _from_losses(losses, params, num_samples, _Backward(params, module))
+        elif isinstance(losses, SampleLosses):
             samples = _from_chunks(losses.gradients(params, num_samples=num_samples))
         else:
-            samples = _from_losses(losses, params, num_samples)
+            samples = _from_losses(losses, params, num_samples, _differentiated)
         with closing(samples):
             for grads in samples:
                 n += 1
@@ -318,7 +328,12 @@ def _from_chunks(chunks: Iterable[Gradients]) -> Samples:
         del grads
 
 
-def _from_losses(losses: Iterable[Tensor], params: list[Tensor], n: int | None) -> Samples:
+def _from_losses(
+    losses: Iterable[Tensor],
+    params: list[Tensor],
+    n: int | None,
+    differentiate: Callable[[Tensor, list[Tensor]], Sequence[Tensor | None]],
+) -> Samples:
     if isinstance(losses, Tensor):
         raise TypeError(
             "losses is a tensor, whose entries share one graph; give an iterable of losses with a graph each"
@@ -335,8 +350,31 @@ def _from_losses(losses: Iterable[Tensor], params: list[Tensor], n: int | None) 
             raise ValueError(
                 f"loss {i} does not require a gradient: compute it from the parameters, without no_grad or detach"
             )
-        grads = iter(torch.autograd.grad(loss.sum(), wanted, allow_unused=True) if wanted else ())
+        grads = iter(differentiate(loss.sum(), wanted) if wanted else ())
         yield [next(grads) if p.requires_grad else None for p in params]
+
+
+def _differentiated(loss: Tensor, params: list[Tensor]) -> Sequence[Tensor | None]:
+    grads: Sequence[Tensor | None] = torch.autograd.grad(loss, params, allow_unused=True)
+    return grads
+
+
+class _Backward:
+    """Gradients by ``backward()``, which leaves ``.grad`` of ``params`` and of the model as it was."""
+
+    def __init__(self, params: list[Tensor], module: nn.Module | None) -> None:
+        self._touched = list(dict.fromkeys([*params, *(module.parameters() if module is not None else ())]))
+
+    def __call__(self, loss: Tensor, params: list[Tensor]) -> Sequence[Tensor | None]:
+        before = [p.grad for p in self._touched]
+        try:
+            for p in self._touched:
+                p.grad = None
+            torch.autograd.backward(loss)
+            return [None if p.grad is None else in_place_of(p.grad, p) for p in params]
+        finally:
+            for p, grad in zip(self._touched, before, strict=True):
+                p.grad = grad
 
 
 # ---- what a sweep differentiates ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What the engine tells a plan: plain values, with the names and numbers of ``csrc/plan.h``."""
+"""What the engine and a plan tell each other: plain values, with the names and numbers of ``csrc/plan.h``."""
 
 from __future__ import annotations
 
@@ -143,3 +143,16 @@ class BaseGroup(NamedTuple):
             self.beta2,
             self.eps,
         )
+
+
+class Held(NamedTuple):
+    """What a plan keeps in memory, beside what it was given.
+
+    ``saved``: the weights as they were before a climb. ``first``: gradients that it has taken from the parameters.
+    ``table_bytes``: of tables that are no tensors.
+    """
+
+    saved: Sequence[Tensor] = ()
+    first: Sequence[Tensor] = ()
+    other: Sequence[Tensor] = ()
+    table_bytes: int = 0

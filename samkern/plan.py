@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from .backends import native
-from .options import UNSCALED, Base, BaseGroup, ClimbGroup, MixOptions, Scaling
+from .options import UNSCALED, Base, BaseGroup, ClimbGroup, Held, MixOptions, Scaling
 from .reference_plan import ReferencePlan
+from .sharded_plan import ShardedPlan
+from .shards import is_sharded
 
 
 @dataclass(eq=False)
@@ -76,6 +78,13 @@ class TensorPlan(Protocol):
     def perturbed(self) -> bool:
         """Whether weights are away from ``saved``."""
 
+    def add_up_with(self, add_up: Callable[[Tensor], None] | None) -> None:
+        """From now on half-steps call ``add_up(sums)`` when the sums over their gradients are there.
+
+        It adds what other processes have of the same tensors. ``sums``: float64, some rows of (n + 1), per tensor and over
+        all, written in place. Other rows than those that a half-step needs hold anything. None: the tensors are whole.
+        """
+
     def fits(self, groups: list[dict[str, Any]]) -> bool:
         """Whether the groups' parameters, and their layouts, are still those that the plan was made for."""
 
@@ -97,6 +106,9 @@ class TensorPlan(Protocol):
         Raises:
             ValueError: they do not fit the parameter.
         """
+
+    def held(self) -> Held:
+        """What the plan keeps in memory now, beside what it was given. ``samkern._C`` returns a plain tuple."""
 
     def missing_state(self, needed: Sequence[bool]) -> list[int]:
         """Parameters that have a gradient, are in a group that needs state, and have none.
@@ -150,7 +162,9 @@ class TensorPlan(Protocol):
 
 def make_plan(backend: str, params: list[Tensor], group: list[int], kept: Kept) -> TensorPlan:
     """A plan over ``params`` (of param group ``group[i]`` each) on ``backend``, which is one that serves them."""
-    plan: TensorPlan = _implementation(backend)(params, group, kept.cache_norm, kept.fresh, kept.skips)
+    arguments = (params, group, kept.cache_norm, kept.fresh, kept.skips)
+    make = _implementation(backend)
+    plan: TensorPlan = ShardedPlan(*arguments, make) if any(map(is_sharded, params)) else make(*arguments)
     for i, p in enumerate(params):
         if p in kept.cache:
             plan.bind_cache(i, kept.cache[p])

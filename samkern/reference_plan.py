@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .options import UNSCALED, Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report, Scaling, Scope
+from .options import UNSCALED, Base, BaseGroup, Climb, ClimbGroup, Held, Mix, MixOptions, Report, Scaling, Scope
 from .tensors import DTYPES, describe, overlaps_itself
 
 _DIRECTION = {
@@ -45,6 +45,10 @@ class ReferencePlan:
         self._layouts = _layouts(params)
         self.bind_state({}, ())
         self.perturbed = self._gave_gradients = False  # whether the parameters have given up their gradients
+        self._add_up: Callable[[Tensor], None] | None = None
+
+    def add_up_with(self, add_up: Callable[[Tensor], None] | None) -> None:
+        self._add_up = add_up
 
     def fits(self, groups: list[dict[str, Any]]) -> bool:
         params = [p for group in groups for p in group["params"]]
@@ -82,6 +86,9 @@ class ReferencePlan:
                 f"got {bits.dtype} {tuple(bits.shape)} on {bits.device}"
             )
         self._mask[index] = bits
+
+    def held(self) -> Held:
+        return Held(list(self._saved.values()), list(self._first.values()))
 
     def missing_state(self, needed: Sequence[bool]) -> list[int]:
         return [
@@ -151,6 +158,7 @@ class ReferencePlan:
         sums *= (
             torch.stack([inverse * inverse, inverse, inverse * 0 + 1])[:, None] if mix.mix.adds_cache else inverse**2
         )
+        self._with_other_processes(sums)
         grad_sq = sums[2] if mix.mix == Mix.DECOMPOSE else sums[0]
         skip = report[Report.SKIPPED_FIRST] != 0
         bad = self._found_inf(scaling)
@@ -230,7 +238,9 @@ class ReferencePlan:
                 sums[3:, i] = 0
         sums[:, -1] = sums[:, :-1].sum(1)
         inverse = self._unscale(scaling)
-        aa, ww, tt = sums[0] * inverse**2, sums[3], sums[4] * inverse**2
+        sums[0], sums[4] = sums[0] * inverse**2, sums[4] * inverse**2
+        self._with_other_processes(sums)
+        aa, ww, tt = sums[0], sums[3], sums[4]
         norm = tt[-1].sqrt()
         # Climbs that divide by a tensor's own norm have T = 1: tt is its square, masked.
         own = tt if renormalise else aa
@@ -289,6 +299,10 @@ class ReferencePlan:
                 sums[:, i] = reference.norms([a.get(i, zero)], [b.get(i, zero)])[:3, 0]
         sums[:, -1] = sums[:, :-1].sum(1)
         return sums
+
+    def _with_other_processes(self, sums: Tensor) -> None:
+        if self._add_up is not None:
+            self._add_up(sums)
 
     def _added(self, mix: Mix, grads: dict[int, Tensor]) -> dict[int, Tensor]:
         """What the mix adds to gradients."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .shards import local, locals_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -40,9 +43,18 @@ def check_parameters(params: Sequence[Tensor], names: Sequence[str] = ()) -> Non
         if id(p) in seen:
             raise ValueError(f"{what} was given before, as parameter {seen[id(p)]}; give a shared parameter once")
         seen[id(p)] = i
-        if overlaps_itself(p):
+        if overlaps_itself(local(p)):
             raise ValueError(f"{what}: entries share memory (strides {p.stride()}); use a .contiguous() copy")
-    _check_disjoint(params, names)
+    _check_disjoint(locals_of(params), names)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested dicts (of which keys do not count), lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(part)
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: seeds, and the backends that can run here."""
+"""Fixtures of all tests: seeds, and the backends that can run here. How tests are spread over processes, by pytest-xdist."""
 
 import collections
 import contextlib
@@ -12,8 +12,9 @@ import torch
 import samkern
 from samkern.backends import in_interpreter
 
-from . import emulator
+from . import emulator, once
 from .methods import BASES, METHODS
+from .ranks import Ranks
 
 ON_GPU = torch.cuda.is_available()
 BUILT = [name for name, backend in samkern.backends().items() if backend.available]
@@ -23,10 +24,11 @@ AVAILABLE = [*BUILT, *(["cuda"] if EMULATED else [])]
 # What is decided above the plan; of its tests Triton's interpreter takes one in so many.
 ABOVE_THE_PLAN = {
     **dict.fromkeys(("test_ssam.py", "test_schedules.py", "test_choices.py"), 8),
-    **dict.fromkeys(("test_arsam.py", "test_lets.py", "test_msam.py", "test_parts.py"), 8),
+    **dict.fromkeys(("test_amp.py", "test_arsam.py", "test_lets.py", "test_msam.py", "test_parts.py"), 8),
     **dict.fromkeys(("test_state.py", "test_faults.py", "test_step.py", "test_theory.py"), 2),
 }
 _taken = collections.Counter()  # tests by backend
+_left_out = []  # ids of tests
 
 if ON_GPU:  # many tests compare whole trainings bit by bit
     torch.backends.cudnn.deterministic = True
@@ -107,10 +109,61 @@ def thinned(items):
 
 def pytest_collection_modifyitems(config, items):
     """``SAMKERN_ALL_GRIDS=1`` leaves out nothing: half an hour more, and hours for the interpreter."""
+    addresses = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    if addresses:
+        raise pytest.UsageError(f"an address is another one in each process; give an id without it to {addresses[0]}")
     if os.environ.get("SAMKERN_ALL_GRIDS") != "1":
         kept = set(thinned(items))
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        left_out = [item for item in items if item not in kept]
+        config.hook.pytest_deselected(items=left_out)
+        _left_out[:] = [item.nodeid for item in left_out]
         items[:] = [item for item in items if item in kept]
+    if in_worker(config):
+        items[:] = longest_first(items)
+
+
+# ---- in several processes, by pytest-xdist
+
+
+def in_worker(config):
+    """Whether these tests are some of those that a controller has spread over processes."""
+    return hasattr(config, "workerinput")
+
+
+def longest_first(items):
+    """So that none is left over when the other processes are done. A short one after each: tests are handed out in pairs."""
+    seconds = {item: getattr(item.get_closest_marker("takes"), "args", [0])[0] for item in items}
+    long = sorted(filter(seconds.get, items), key=seconds.get, reverse=True)
+    short = [item for item in items if not seconds[item]]
+    pairs = [item for pair in zip(long, short, strict=False) for item in pair]
+    return [*pairs, *long[len(short) :], *short[len(long) :]]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """``-n auto``: a process per core. A GPU is for one process: what tests measure on it is theirs."""
+    return 0 if ON_GPU else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs):
+    """What the workers inherit: their share of the cores, and a folder for what one of them compiles for all."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(specs))))
+    once.share()
+
+
+def pytest_sessionfinish(session):
+    if in_worker(session.config):
+        session.config.workeroutput.update(taken=dict(_taken), left_out=_left_out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Adds up what the summary tells. A worker that crashed leaves nothing; its test has failed."""
+    output = getattr(node, "workeroutput", {})
+    _taken.update(output.get("taken", {}))
+    _left_out[:] = output.get("left_out", _left_out)  # the same in every worker
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +186,16 @@ def fast(request):
         yield name
 
 
+@pytest.fixture(scope="session")
+def ranks():
+    """Processes of a distributed training: ``ranks.run(2, function, *args)``."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no torch.distributed with gloo")
+    pool = Ranks()
+    yield pool
+    pool.close()
+
+
 def pytest_report_header():
     return samkern.info().splitlines()
 
@@ -153,3 +216,5 @@ def pytest_terminal_summary(terminalreporter):
             why_not_emulated = f"; nor can it be emulated: {emulator.why_not()}" if name == "cuda" else ""
             line = f"not tested: {backend.why}{why_not_emulated}"
         terminalreporter.write_line(f"backend {name:<10} {line}")
+    if _left_out:
+        terminalreporter.write_line(f"{len(_left_out)} cells of grids left out; SAMKERN_ALL_GRIDS=1 runs them")

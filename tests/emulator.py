@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import importlib.util
@@ -10,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +16,8 @@ from types import ModuleType
 
 from bench import kernels
 from samkern.backends import emulated_cuda, native
+
+from . import once
 
 TESTS = Path(__file__).parent
 COMPILER = os.environ.get("CXX", "g++")
@@ -34,16 +34,24 @@ def why_not() -> str:
 
 @functools.cache
 def load() -> ModuleType:
-    """Compiles the module that runs the kernels, once per process."""
+    """The module that runs the kernels, compiled by the first process that asks."""
+    spec = importlib.util.spec_from_file_location("cuda_on_cpu", once.made("cuda_on_cpu.so", compile_to))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compile_to(library: Path) -> None:
+    """The kernels, what they are launched by, and the barrier's stress test, as a module for Python."""
     import pybind11
 
     include = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"), TESTS)]
     flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-DSAMKERN_ON_CPU", *include]
-    folder = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
     def compile_one(source: Path) -> str:
-        target = Path(folder) / f"{source.stem}.o"
+        target = library.with_name(f"{source.stem}.o")
         subprocess.run([COMPILER, "-x", "c++", *flags, "-c", str(source), "-o", str(target)], check=True)
         return str(target)
 
@@ -51,14 +59,7 @@ def load() -> ModuleType:
         objects = list(
             pool.map(compile_one, [*kernels.SOURCES, TESTS / "barrier_stress.cu", TESTS / "cuda_on_cpu.cpp"])
         )
-    library = Path(folder) / "cuda_on_cpu.so"
     subprocess.run([COMPILER, "-shared", *objects, "-o", str(library)], check=True)
-    spec = importlib.util.spec_from_file_location("cuda_on_cpu", library)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @contextlib.contextmanager

@@ -592,7 +592,7 @@ def test_the_second_backward_is_restricted_and_shorter():
 
     assert second_pass(split)[1] == set(early + late)
     full, part = math.inf, math.inf
-    for _ in range(6):
+    for _ in range(20):  # the shortest of as many is one that nothing else on the machine has disturbed
         seconds, got = second_pass(split)
         assert got == set(late)
         part = min(part, seconds)

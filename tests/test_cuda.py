@@ -496,6 +496,7 @@ def test_the_expected_product():
 # ---- compiled for GPUs
 
 
+@pytest.mark.takes(25)
 @needs_nvcc
 @pytest.mark.parametrize("architecture", kernels.ARCHITECTURES)
 @pytest.mark.parametrize("source", kernels.SOURCES, ids=lambda path: path.stem)

@@ -24,6 +24,7 @@ def short(monkeypatch):
     monkeypatch.setattr(study, "time_steps", functools.partial(study.time_steps, rounds=4, warm_up=1))
 
 
+@pytest.mark.takes(40)
 @pytest.mark.usefixtures("short")
 def test_one_epoch_of_everything(tmp_path, capsys):
     assert demo.main(["--epochs", "1", "--seeds", "2", "--noise", "20", "--out", str(tmp_path)]) == 0
@@ -56,6 +57,7 @@ def test_quick_has_one_seed_and_fewer_methods(tmp_path, capsys):
     assert {len(row["runs"]) for row in rows} == {1}
 
 
+@pytest.mark.takes(30)
 def test_flat_minima_show_under_noise(tmp_path):
     """A short version of the claim: with 40 % wrong labels SAM beats SGD by far, and its minimum is flatter."""
     entries = tuple(entry for entry in study.ENTRIES if entry.name in ("SGD", "SAM (rho 0.2)"))

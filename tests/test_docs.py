@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import importlib
 import inspect
 import pkgutil
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import samkern
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+from .recipes import README, ROOT, python_blocks
+
+# What is written of them is run in their own test files: they need packages that take seconds to import.
+INTEGRATIONS = ("lightning", "transformers", "accelerate")
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(samkern.__path__, "samkern.")
-    if not module.name.endswith(("._C", ".__main__")) and ".demo" not in module.name
+    if not module.name.endswith(("._C", ".__main__"))
+    and ".demo" not in module.name
+    and module.name.removeprefix("samkern.integrations.") not in INTEGRATIONS
 ]
 
 
@@ -68,12 +72,27 @@ def test_every_public_name_is_documented_with_an_example(name):
                 assert inspect.getdoc(function), f"{name}.{method} has no docstring"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+EXAMPLES = [
+    path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem.removeprefix("with_") not in INTEGRATIONS
+]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples(path):
-    result = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, cwd=ROOT, check=False)
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if path.stem in ("ddp", "fsdp") else []
+    )
+    result = subprocess.run(
+        [sys.executable, *launcher, str(path)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout
     assert "nan" not in result.stdout
+    if path.stem in ("accumulate", "compiled"):
+        assert "equal up to rounding: True" in result.stdout
+        assert "False" not in result.stdout
+    if path.stem == "fsdp":
+        assert "resumed bit-exact: True" in result.stdout
     if path.stem == "resume":
         assert "bit-exact: True" in result.stdout
         assert "momentum handed over: True" in result.stdout
@@ -81,9 +100,11 @@ def test_examples(path):
 
 def test_code_in_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    blocks = python_blocks(without="samkern.integrations")
     assert blocks
     namespace = {}
+    # The default backend calls g++ for seconds; examples/compiled.py does.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
 
@@ -144,7 +165,8 @@ def test_the_version_is_one():
 
 ARROWS = {  # a module may import from the left of itself only
     "reference": set(),
-    "tensors": set(),
+    "shards": set(),
+    "tensors": {"shards"},
     "options": set(),
     "backends": set(),
     "batchnorm": set(),
@@ -152,13 +174,19 @@ ARROWS = {  # a module may import from the left of itself only
     "bitmask": {"reference"},
     "reference_masks": {"philox", "reference"},
     "reference_plan": {"reference", "options", "tensors"},
-    "plan": {"backends", "bitmask", "options", "reference_plan"},
-    "ops": {"backends", "bitmask", "reference", "reference_masks", "tensors"},
+    "sharded_plan": {"options", "plan", "reference", "shards"},
+    "sharded_select": {"bitmask", "shards"},
+    "plan": {"backends", "bitmask", "options", "reference_plan", "sharded_plan", "shards"},
+    "ops": {"backends", "bitmask", "reference", "reference_masks", "shards", "tensors"},
     "undisturbed": {"batchnorm", "tensors"},
     "samples": {"undisturbed"},
-    "fisher": {"ops", "reference", "samples", "tensors", "undisturbed"},
-    "optim": {"backends", "batchnorm", "bitmask", "fisher", "ops", "options", "philox", "plan", "reference", "tensors"},
+    "fisher": {"ops", "reference", "samples", "shards", "tensors", "undisturbed"},
+    "optim": {
+        *("backends", "batchnorm", "bitmask", "fisher", "ops", "options", "philox", "plan", "reference", "tensors"),
+        *("sharded_plan", "sharded_select", "shards"),
+    },
     "history": {"optim"},
+    "integrations": {"optim", "shards"},
     "sharpness": set(),
     "demo": {"backends", "fisher", "optim", "sharpness"},
 }

@@ -131,7 +131,9 @@ def test_with_a_schedule(backend):
     assert same_bits(weights(net), weights(twin))
 
 
-@pytest.mark.parametrize("how", [Filterwise(2.0), Adaptive(2.0, "layer"), Euclidean(0.01, math.inf)], ids=repr)
+@pytest.mark.parametrize(
+    "how", [Filterwise(2.0), Adaptive(2.0, "layer"), Euclidean(0.01, math.inf)], ids=lambda how: type(how).__name__
+)
 def test_with_another_climb(how, backend):
     """As that climb follows a gradient, with v for it, and minus."""
     net = make_net()

@@ -70,6 +70,71 @@ def test_pytorch_optimizer(case, foreach, backend):
     assert (flat(net) - flat(twin)).norm() < 1e-6 * flat(twin).norm()
 
 
+def closure_of(net, opt, t):
+    def closure():
+        opt.zero_grad()
+        x, y = batch(t)
+        loss = torch.nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_closures_of_pytorch_optimizer(case, backend):
+    """Theirs wants the first gradient before step(closure): that pass is left out. Their LookSAM looks as often then."""
+    ours, theirs = CASES[case]
+    net, twin = peer_net(), peer_net()
+    opt, other = ours(net.parameters(), backend=backend), theirs(twin.parameters())
+    for t in range(STEPS):
+        opt.step(closure_of(net, opt, t))
+        closure_of(twin, other, t)()
+        looks = case == "SAM" or other.get_step() % other.k == 0
+        other.step(closure_of(twin, other, t)) if looks else (other.first_step(), other.second_step())
+    assert (flat(net) - flat(twin)).norm() < 1e-6 * flat(twin).norm()
+
+
+def test_wsam_of_pytorch_optimizer(backend):
+    """gamma / (1 - gamma) = 9, not decoupled."""
+    net, twin = peer_net(), peer_net()
+    options = {"lr": 0.02, "momentum": 0.9}
+    opt = samkern.SharpnessAware(
+        net.parameters(), SGD, radius=0.05, reuse=samkern.optim.Blend(9.0), model=net, backend=backend, **options
+    )
+    other = pytorch_optimizer.WSAM(twin, twin.parameters(), SGD, rho=0.05, gamma=0.9, decouple=False, **options)
+    for t in range(STEPS):
+        opt.step(closure_of(net, opt, t))
+        other.step(closure_of(twin, other, t))
+    assert (flat(net) - flat(twin)).norm() < 1e-6 * flat(twin).norm()
+
+
+def test_the_authors_asam(backend):
+    """T = |w| + eta for what has "weight" in its name, and 1 for the rest."""
+    net, twin = peer_net(), peer_net()
+    weights = [p for name, p in net.named_parameters() if "weight" in name]
+    rest = [p for name, p in net.named_parameters() if "weight" not in name]
+    base = SGD([{"params": weights}, {"params": rest, "adaptive": False}], lr=0.1, momentum=0.9)
+    train_ours(net, samkern.ASAM(None, base, rho=0.5, eta=0.01, backend=backend))
+    other = SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    for t in range(STEPS):
+        other.zero_grad()
+        backward(twin, t)
+        with torch.no_grad():
+            before = [p.clone() for p in twin.parameters()]
+            t_w = [p.abs() + 0.01 if "weight" in name else torch.ones_like(p) for name, p in twin.named_parameters()]
+            norm = torch.stack([(x * p.grad).norm() for x, p in zip(t_w, twin.parameters(), strict=True)]).norm()
+            for x, p in zip(t_w, twin.parameters(), strict=True):
+                p.add_(0.5 * x**2 * p.grad / norm)
+        other.zero_grad()
+        backward(twin, t)
+        with torch.no_grad():
+            for old, p in zip(before, twin.parameters(), strict=True):
+                p.copy_(old)
+        other.step()
+    assert (flat(net) - flat(twin)).norm() < 1e-6 * flat(twin).norm()
+
+
 class WidelyUsedSAM:
     """The rule of the SAM class that most code bases copied: scale = rho / (norm + 1e-12), e_w = (w^2 or 1) g scale."""
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+import samkern
 from samkern import ops
 from samkern.backends import native
 from samkern.ops import dispatch
 
 from .lists import FP64, clones, random_list, same_bits, scalar
+from .test_compile import counted_autograd
 
 pytestmark = pytest.mark.skipif(native is None, reason="samkern._C is not built: there are no registered ops")
 SHAPES = [(5, 3), (), (70_000,), (0,)]
@@ -57,6 +59,19 @@ def test_every_op_is_sampled():
     assert {name for name, _, _ in SAMPLES} == {*dispatch._OPS.values(), "decompose_"}
 
 
+@pytest.mark.parametrize("name", dispatch._TRACED)
+def test_opcheck_of_what_compilers_trace(name):
+    """The twins whose numbers are tensors."""
+    op, numbers = dispatch._TRACED[name]
+    names = [argument.name for argument in getattr(torch.ops.samkern, dispatch._OPS[name]).default._schema.arguments]
+    defaults = {"eta": 0.1, "dampening": 0.0, "weight_decay": 0.0}
+    _, args, kwargs = next(sample for sample in SAMPLES if sample[0] == dispatch._OPS[name])
+    given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+    values = [torch.tensor(given[number]) for number in numbers]
+    others = {key: value for key, value in given.items() if key in names and key not in numbers}
+    torch.library.opcheck(op.default, (values,), others)
+
+
 def test_opcheck_finds_an_undeclared_write():
     """What the schema test is worth: an op that writes more than it says is caught."""
     with torch.library._scoped_library("samkern_broken", "DEF") as library:
@@ -67,20 +82,73 @@ def test_opcheck_finds_an_undeclared_write():
             torch.library.opcheck(op, (torch.zeros(3), torch.ones(3)), test_utils="test_schema")
 
 
-def test_ops_in_a_compiled_region():
-    """Mutations in a compiled function reach the caller's tensors, and the graph does not break."""
+SMALL = [(5, 3), (), (7,)]
+MASK = ops.random_mask(random_list(SMALL), 11, backend="reference")
 
-    def sam_like(w, g, saved):
-        sums = ops.perturb(w, g, saved, 0.1)
-        ops.update_sgd(w, g, lr=0.1, saved=saved)
-        return sums[0, -1]
 
-    w, g = random_list([(5, 3), (7,)]), random_list([(5, 3), (7,)])
-    expected, saved = clones(w), clones(w)
-    norm = sam_like(expected, g, clones(w))
-    compiled = torch.compile(sam_like, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(w, g, saved), norm)
-    assert same_bits(w, expected)
+def step_of(t: int) -> list[torch.Tensor]:
+    return [torch.tensor(float(t)) for _ in SMALL]
+
+
+# Every function of samkern.ops: how many lists it takes, and a call with a number that changes from call to call. What is
+# random in a list is made positive where an op needs that.
+COMPILED = {
+    "norms": (3, lambda x, a, b, w: ops.norms(a, b, w, weighting="filter", eta=x, mask=MASK)),
+    "difference_dot": (4, lambda x, a, b, c, d: ops.difference_dot(a, b, c, d)),
+    "perturb": (3, lambda x, w, g, saved: ops.perturb(w, g, saved, x, mode="filter", eta=x, mask=MASK)),
+    "restore": (2, lambda x, w, saved: ops.restore(w, saved)),
+    "decompose": (3, lambda x, c, g, g_s: ops.decompose(c, g, g_s)),
+    "combine": (3, lambda x, u, a, b: ops.combine(u, a, b, *torch.full((2,), 0.5, dtype=FP64))),
+    "update_sgd": (3, lambda x, w, u, v: ops.update_sgd(w, u, v, lr=x, momentum=0.9, weight_decay=x)),
+    "update_adam": (4, lambda x, w, u, m, v: ops.update_adam(w, u, m, [y.abs_() for y in v], step_of(2), lr=x)),
+    "update_adamw": (4, lambda x, w, u, m, v: ops.update_adamw(w, u, m, [y.abs_() for y in v], step_of(2), lr=x)),
+    "topk_mask": (1, lambda x, scores, k: ops.topk_mask(scores, k, nan="last").bits),
+    "drop_grow_mask": (
+        1,
+        lambda x, g, k, bits: ops.drop_grow_mask(samkern.BitMask(bits, MASK.shapes), g, 3, seed=k, t=k),
+    ),
+    "grow_mask": (1, lambda x, g, k, bits: ops.grow_mask(samkern.BitMask(bits, MASK.shapes), g, k)),
+    "random_mask": (1, lambda x, like, k: ops.random_mask(like, 4, seed=k).bits),
+    "fisher_accumulate": (2, lambda x, f, g: ops.fisher_accumulate(f, g, keep=x, gain=1 - x)),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_ops_in_a_compiled_region(name):
+    """One whole graph, what it writes reaches the caller's tensors, and numbers become variables when they first change."""
+    n_lists, function = COMPILED[name]
+    names = function.__code__.co_varnames[1 + n_lists :]  # k and bits, if they are arguments
+    backend, n_graphs = counted_autograd()
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for i in range(4):
+        lists = [random_list(SMALL) for _ in range(n_lists)]
+        more = {"k": 3 + i, "bits": MASK.bits.clone()}
+        twins = [clones(tensors) for tensors in lists], {**more, "bits": MASK.bits.clone()}
+        expected = function(0.1 * (i + 1), *lists, **{key: more[key] for key in names if key in more})
+        if i == 2:
+            warm = n_graphs["forward"]
+        found = compiled(0.1 * (i + 1), *twins[0], **{key: twins[1][key] for key in names if key in more})
+        assert (found is None and expected is None) or torch.equal(found, expected)
+        assert all(same_bits(a, b) for a, b in zip(lists, twins[0], strict=True))
+        assert torch.equal(more["bits"], twins[1]["bits"])
+    assert n_graphs["forward"] == warm <= 2
+
+
+def test_every_op_is_compiled():
+    assert COMPILED.keys() == set(ops.__all__)
+
+
+def test_reading_the_device_in_a_compiled_region():
+    """To look for NaNs breaks the graph; a whole one is refused, and the message says what to do."""
+    x = [torch.tensor([1.0, torch.nan])]
+    torch.compiler.reset()
+    with pytest.raises(Exception, match=r"nan='raise' reads the device, .*: pass nan='last'"):
+        torch.compile(lambda x: ops.topk_mask(x, 1).bits, fullgraph=True, backend="eager")(x)
+    broken = torch.compile(lambda x: ops.topk_mask([y + 1 for y in x], 1).bits, backend="eager")
+    assert torch.equal(broken([torch.arange(3.0)]), ops.topk_mask([torch.arange(3.0)], 1).bits)
+    with pytest.raises(ValueError, match="1 scores are NaN"):
+        broken(x)
 
 
 @pytest.mark.parametrize(

@@ -341,29 +341,6 @@ def test_explain(backend):
     assert "RMSprop has no fused update" in samkern.SAM(net.parameters(), torch.optim.RMSprop, lr=0.1).explain()
 
 
-def test_accumulated_micro_batches_equal_the_whole_batch(backend):
-    """One closure over the micro-batches: one eps for their sum."""
-    net, twin = make_net(), make_net()
-    for module in (net.norm, twin.norm):
-        module.eval()
-    x, y = batch(0)
-
-    def closure(model, opt, parts):
-        def run():
-            opt.zero_grad()
-            for xs, ys in zip(x.chunk(parts), y.chunk(parts), strict=True):
-                (nn.functional.cross_entropy(model(xs), ys) / parts).backward()
-
-        return run
-
-    opt = SAM.make(net.parameters(), MOMENTUM, backend=backend)
-    other = SAM.make(twin.parameters(), MOMENTUM, backend=backend)
-    for _ in range(3):
-        opt.step(closure(net, opt, 1))
-        other.step(closure(twin, other, 4))
-    assert (flat(net) - flat(twin)).norm() < 1e-13 * flat(net).norm()
-
-
 def test_autocast_with_float32_weights(backend):
     """The recommended way to train in half precision: nothing of the optimizer's is in bf16."""
     net = make_net(torch.float32)

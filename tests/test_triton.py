@@ -5,6 +5,7 @@ Both run in processes of their own: Triton decides when it is imported whether i
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -20,7 +21,8 @@ from torch import nn
 
 from samkern.backends import backends
 
-from . import barrier_stress
+from . import barrier_stress, once
+from .conftest import in_worker
 from .lists import CHUNK, FP32, FP64, same_bits
 from .methods import BASES, METHODS, method_named
 
@@ -51,26 +53,37 @@ INTERPRETED = {
 
 @pytest.fixture(scope="module")
 def interpreted(request):
-    """Tests in Triton's interpreter, which takes one core: those of them that were asked for, side by side."""
-    wanted = {item.name for item in request.session.items}
+    """Runs tests in Triton's interpreter, which takes one core.
+
+    All that were asked for run side by side, unless other processes have taken the other cores.
+    """
+    wanted = [item.name for item in request.session.items if item.name in INTERPRETED]
     with ThreadPoolExecutor() as pool:
-        yield {
-            name: pool.submit(python, "pytest", "-q", "--no-cov", *arguments, TRITON_INTERPRET="1")
-            for name, arguments in INTERPRETED.items()
-            if name in wanted
-        }
+
+        @functools.cache
+        def start(name):
+            return pool.submit(python, "pytest", "-q", "--no-cov", *INTERPRETED[name], TRITON_INTERPRET="1")
+
+        def run(name):
+            for each in [name] if in_worker(request.config) else wanted:
+                start(each)
+            return start(name).result()
+
+        yield run
 
 
+@pytest.mark.takes(100)
 def test_interpreted(interpreted):
     """Whole optimizers, half-steps and list ops against the reference, bit by bit."""
-    result = interpreted["test_interpreted"].result()
+    result = interpreted("test_interpreted")
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     assert "skipped" not in result.stdout.splitlines()[-1]
 
 
+@pytest.mark.takes(400)
 def test_as_a_backend_of_all_tests(interpreted, record_property):
     """Whatever other files test of every backend."""
-    result = interpreted["test_as_a_backend_of_all_tests"].result()
+    result = interpreted("test_as_a_backend_of_all_tests")
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     n_passed = int(re.search(r"(\d+) passed", result.stdout.splitlines()[-1])[1])
     assert n_passed > 100
@@ -134,15 +147,19 @@ LEAN = (
 
 @pytest.fixture(scope="module")
 def compiled():
-    names = [] if os.environ.get("SAMKERN_ALL_KERNELS") == "1" else USUAL
-    result = python("tests.triton_variants", *names)
-    assert result.returncode == 0, result.stderr[-5000:]
-    facts = [json.loads(line) for line in result.stdout.splitlines()]
+    def compile_to(path):
+        names = [] if os.environ.get("SAMKERN_ALL_KERNELS") == "1" else USUAL
+        result = python("tests.triton_variants", *names)
+        assert result.returncode == 0, result.stderr[-5000:]
+        path.write_text(result.stdout)
+
+    facts = [json.loads(line) for line in once.made("triton_variants.jsonl", compile_to).read_text().splitlines()]
     assert {fact["architecture"] for fact in facts} == {80, 90}
     assert {fact["name"] for fact in facts} >= set(USUAL)
     return facts
 
 
+@pytest.mark.takes(60)
 def test_nothing_spills(compiled):
     """By the cubin's own account. As many registers as the launch counts on, or its programs are not all resident.
 
@@ -206,6 +223,7 @@ def test_barriers_release_and_acquire(compiled):
         assert fact["acquires"] >= barriers, fact
 
 
+@pytest.mark.takes(20)
 def test_the_barrier_stress_compiles_and_computes_what_it_should():
     """For GPUs, where ``test_gpu.py`` runs it with all programs; in the interpreter there can only be one."""
     result = python("tests.triton_barrier")
@@ -222,6 +240,7 @@ def test_the_barrier_stress_compiles_and_computes_what_it_should():
     assert json.loads(result.stdout) == [barrier_stress.expected(1, 6)]
 
 
+@pytest.mark.takes(10)
 def test_launches():
     """One for each half-step and list op, and what changes from step to step compiles nothing."""
     result = python("tests.triton_launched")

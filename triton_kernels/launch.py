@@ -77,12 +77,18 @@ def one_launch() -> bool:
     return not INTERPRETED and os.environ.get("SAMKERN_ONE_LAUNCH", "1") != "0"
 
 
-def run_phases(launch: Callable[[Slice, int], None], slices: list[Slice], phases: int) -> None:
+def run_phases(
+    launch: Callable[[Slice, int], None],
+    slices: list[Slice],
+    phases: int,
+    after_sums: Callable[[], None] | None = None,
+) -> None:
     """All phases in one launch if one combination of dtypes is all there is, else one by one.
 
-    ``launch`` is called with a part of the list and the phases that it is to run.
+    ``launch`` is called with a part of the list and the phases that it is to run, ``after_sums`` when sums have been folded,
+    before anybody reads them.
     """
-    if one_launch() and len(slices) == 1:
+    if one_launch() and len(slices) == 1 and after_sums is None:
         launch(slices[0], phases)
         return
     for phase in common.ALL_PHASES:
@@ -90,6 +96,8 @@ def run_phases(launch: Callable[[Slice, int], None], slices: list[Slice], phases
             over_elements = phase in (int(common.REDUCE), int(common.APPLY))
             for part in slices if over_elements else slices[:1]:
                 launch(part, phase)
+            if phase == int(common.FOLD) and after_sums is not None:
+                after_sums()
 
 
 def check_device(device: torch.device) -> None:

@@ -8,14 +8,15 @@ cooperative launch per half-step. With several, every phase that touches element
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..options import UNSCALED, Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Scaling
+from ..options import UNSCALED, Base, BaseGroup, Climb, ClimbGroup, Held, Mix, MixOptions, Scaling
 from ..reference_plan import ReferencePlan
+from ..tensors import tensors_in
 from . import common, perturb, reduce
 from .launch import check_device, registers_for, run, run_phases, types_of
 from .perturb import Climbs, perturb_kernel
@@ -118,6 +119,10 @@ class TritonPlan(ReferencePlan):
         self._known: set[int] = set()  # parameters for which _momentum_sq holds
         self._versions = 0  # of all moments
 
+    def held(self) -> Held:
+        tables = [vars(tables) for tables in (self._tables, self._tables_without_look) if tables is not None]
+        return Held(list(self._slots.values()), list(self._first.values()), [*tensors_in(tables), self._momentum_sq])
+
     def perturb(
         self,
         climbs: Sequence[ClimbGroup],
@@ -139,10 +144,10 @@ class TritonPlan(ReferencePlan):
         if versions != self._versions:  # kernels do not count theirs: somebody else has written
             self._known.clear()
         self._versions = versions
-        known = plain and moments.keys() <= self._known
+        known = plain and moments.keys() <= self._known and self._add_up is None
         self._climbs_along_momentum = True
         self._run_climb(moments, climbs, report, renormalise=renormalise, along_momentum=True, known=known)
-        if not known:
+        if not known and self._add_up is None:
             self._momentum_sq.copy_(self._tables.sums[int(common.AA)])
             self._known = set(moments)
 
@@ -192,7 +197,7 @@ class TritonPlan(ReferencePlan):
         phases = int(common.FOLD) | int(common.APPLY)
         phases |= (0 if known else int(common.REDUCE)) | (int(common.CLOSE) if halves else 0)
         slices = tables.slices("the climb", [(p.dtype, self._dtype(operands, i)) for i, p in enumerate(self._params)])
-        run_phases(launch, slices, phases)
+        run_phases(launch, slices, phases, None if known else self._after_sums(tables))
         self._saved, self.perturbed = saved, True
         self._mark_written()
 
@@ -258,7 +263,7 @@ class TritonPlan(ReferencePlan):
         phases = int(common.APPLY) | int(common.SETTLE)
         phases |= (int(common.REDUCE) if form.summed else 0) | (int(common.FOLD) if form.summed or adam else 0)
         phases |= int(common.CLOSE) if form.fills else 0
-        run_phases(launch, tables.slices(kind, combinations), phases)
+        run_phases(launch, tables.slices(kind, combinations), phases, self._after_sums(tables) if form.summed else None)
         if base == Base.NONE:  # what steps instead changes the moments
             self._known.clear()
         self._mark_written()
@@ -284,6 +289,20 @@ class TritonPlan(ReferencePlan):
 
         run_phases(launch, self._slices_to_restore, int(common.APPLY))
         self._mark_written()
+
+    def _after_sums(self, tables: DeviceTables) -> Callable[[], None] | None:
+        """What comes between the sums of a half-step and what follows from them, if somebody has to add something."""
+        add_up = self._add_up
+        if add_up is None:
+            return None
+
+        def run_it() -> None:
+            sums = tables.sums[: int(common.CC)]
+            with_totals = torch.cat([sums, sums.new_zeros(len(sums), 1)], 1)
+            add_up(with_totals)
+            sums.copy_(with_totals[:, :-1])
+
+        return run_it
 
     # ---- what changes from step to step
 

@@ -198,6 +198,7 @@ void perturb(const PlanView& plan, const PerturbOptions& options, const Pool& po
   const double inverse = unscale(options.scaling);
   scale_sums(plan, kAA, inverse * inverse);
   scale_sums(plan, kTT, inverse * inverse);
+  if (options.after_sums != nullptr) (*options.after_sums)();
   const double *gg = plan.sums_of(kAA), *ww = plan.sums_of(kWW), *tt = plan.sums_of(kTT);
   const int32_t n = plan.n_tensors;
   bool finite = !found_inf(options.scaling);

@@ -388,6 +388,7 @@ void update(const PlanView& plan, const UpdateOptions& options, const Pool& pool
   if (options.reduces()) {
     reduce(plan, wanted, pool);
     unscale_sums(plan, options);
+    if (options.after_sums != nullptr) (*options.after_sums)();
     bad = bad || (options.check && !finite(plan, grad_sq));
     report[options.looked ? kSecondNorm : kGradNorm] = std::sqrt(grad_sq[plan.n_tensors]);
   }

@@ -20,11 +20,12 @@ inline Kind kind_of(const PlanView& plan) {
 }
 
 // One launch of all phases where blocks may wait for each other, else one launch a phase. Returns an error text or
-// null.
+// null. `after_sums` is called between two of them.
 template <typename Args>
-const char* start(void (*kernel)(Args), Args args, const device::Stream& stream) {
+const char* start(void (*kernel)(Args), Args args, const device::Stream& stream,
+                  const AfterSums* after_sums = nullptr) {
   const int32_t wanted = args.phases;
-  args.together = stream.one_launch && wanted != kApplyPhase;
+  args.together = stream.one_launch && wanted != kApplyPhase && after_sums == nullptr;
   if (args.together || wanted == kApplyPhase) {
     return device::launch(kernel, args, args.plan.n_blocks, args.together, stream);
   }
@@ -32,6 +33,7 @@ const char* start(void (*kernel)(Args), Args args, const device::Stream& stream)
     if ((wanted & phase) == 0) continue;
     args.phases = phase;
     if (const char* error = device::launch(kernel, args, args.plan.n_blocks, false, stream)) return error;
+    if (phase == kFoldPhase && after_sums != nullptr) (*after_sums)();
   }
   return nullptr;
 }

@@ -506,12 +506,12 @@ SAMKERN_KERNEL restore_kernel(SAMKERN_ARGUMENT UpdateArgs args) {
 }
 
 template <Base base>
-const char* start_update(const UpdateArgs& args, const device::Stream& stream) {
+const char* start_update(const UpdateArgs& args, const device::Stream& stream, const AfterSums* after_sums) {
   switch (kind_of(args.plan)) {
-    case Kind::kFloat32: return start(update_kernel<Kind::kFloat32, Kind::kFloat32, base>, args, stream);
-    case Kind::kBFloat16: return start(update_kernel<Kind::kBFloat16, Kind::kBFloat16, base>, args, stream);
-    case Kind::kFloat16: return start(update_kernel<Kind::kFloat16, Kind::kFloat16, base>, args, stream);
-    default: return start(update_kernel<Kind::kAny, Kind::kAny, base>, args, stream);
+    case Kind::kFloat32: return start(update_kernel<Kind::kFloat32, Kind::kFloat32, base>, args, stream, after_sums);
+    case Kind::kBFloat16: return start(update_kernel<Kind::kBFloat16, Kind::kBFloat16, base>, args, stream, after_sums);
+    case Kind::kFloat16: return start(update_kernel<Kind::kFloat16, Kind::kFloat16, base>, args, stream, after_sums);
+    default: return start(update_kernel<Kind::kAny, Kind::kAny, base>, args, stream, after_sums);
   }
 }
 
@@ -537,11 +537,12 @@ const char* start_update(const PlanView& plan, const UpdateOptions& options, con
   if (reduces) args.phases = kAllPhases;
   if (!reduces && adam) args.phases = kFoldPhase | kApplyPhase;
   set_groups(args.groups, options.groups, options.group_table, options.n_groups);
+  const AfterSums* after_sums = reduces ? options.after_sums : nullptr;
   switch (options.base) {
-    case Base::kSgd: return start_update<Base::kSgd>(args, stream);
-    case Base::kAdam: return start_update<Base::kAdam>(args, stream);
-    case Base::kAdamW: return start_update<Base::kAdamW>(args, stream);
-    default: return start_update<Base::kNone>(args, stream);
+    case Base::kSgd: return start_update<Base::kSgd>(args, stream, after_sums);
+    case Base::kAdam: return start_update<Base::kAdam>(args, stream, after_sums);
+    case Base::kAdamW: return start_update<Base::kAdamW>(args, stream, after_sums);
+    default: return start_update<Base::kNone>(args, stream, after_sums);
   }
 }
 

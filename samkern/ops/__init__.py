@@ -5,6 +5,9 @@ lengths and shapes; tensors are dense float32, float64, bfloat16 or float16, in 
 must have the memory layout of the first list's tensors; what is only read may have any. Scalars that come out of a
 reduction are float64 tensors on the device of the lists, 0-d or with one entry per tensor: nothing is read back.
 
+Under ``torch.compile`` a call is one node of the graph. Numbers (``lr``, ``eta``, ``seed``) become variables when they first
+change, and compile nothing after that.
+
 Common errors: ``ValueError`` for lengths, shapes, layouts or options that do not fit, ``TypeError`` for dtypes that are
 not supported; each names the list and the index. Nothing has been written then.
 """

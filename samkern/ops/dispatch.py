@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +35,8 @@ def implementation(
     if resolved not in ("cpu", "cuda") or native is None:
         function: Callable[..., Any] = getattr(reference if hasattr(reference, name) else reference_masks, name)
         return function
+    if name in _TRACED and torch.compiler.is_compiling():
+        return functools.partial(_with_numbers_as_tensors, *_TRACED[name])
     return _decompose if name == "decompose" else getattr(torch.ops.samkern, _OPS[name])
 
 
@@ -105,6 +109,17 @@ def _decompose(c: list[Tensor], g: list[Tensor], g_s: list[Tensor], k: Tensor) -
     return cc
 
 
+def _with_numbers_as_tensors(op: Callable[..., Any], numbers: list[str], *args: Any, **options: Any) -> Any:
+    # torch.tensor(x) would have the value at hand in the graph; in a sum the compiler keeps the variable.
+    values = []
+    for name in numbers:
+        dtype = torch.int64 if isinstance(options[name], int) else torch.float64
+        values.append(torch.zeros((), dtype=dtype, device="cpu") + options.pop(name))
+    return op(values, *args, **options)
+
+
+_TRACED: dict[str, tuple[Callable[..., Any], list[str]]] = {}
+
 if native is not None:
     # Shapes only, for torch.compile: every op writes what its schema says, and returns nothing but for the reductions.
     @torch.library.register_fake("samkern::norms")  # type: ignore[untyped-decorator]
@@ -118,6 +133,30 @@ if native is not None:
     def _nothing(*args: Any, **options: Any) -> None:
         return None
 
+    _FAKES = {"norms": _norms_fake, "difference_dot": _difference_dot_fake}
     for _name in (*_OPS.values(), "decompose_"):
-        if _name not in ("norms", "difference_dot"):
+        if _name not in _FAKES:
             torch.library.register_fake(f"samkern::{_name}")(_nothing)
+
+    # A compiler makes a graph for every value of a number that an op takes, and so for every learning rate. What it traces
+    # takes them as float64 tensors on the CPU, which cost nothing to read.
+    def _define_traced(op: Any) -> tuple[Callable[..., Any], list[str]]:
+        """The twin of an op whose numbers come first, in a list of tensors; and their names."""
+        [(name, arguments, returns)] = re.findall(r"samkern::(\w+)\((.*)\) -> (.*)", str(op._schema))
+        numbers = re.findall(r"(?:float|int) (\w+)", arguments)
+        others = [argument for argument in arguments.split(", ") if not argument.startswith(("float ", "int "))]
+        twin, arguments = f"samkern::traced_{name}", ", ".join(["Tensor[] numbers", *others]).removesuffix(", *")
+        torch.library.define(twin, f"({arguments}) -> {returns}")
+        names = [argument.name for argument in op._schema.arguments if argument.name not in numbers]
+
+        def run(values: list[Tensor], *args: Any, **options: Any) -> Any:
+            given = {number: x.item() for number, x in zip(numbers, values, strict=True)}
+            return op(**dict(zip(names, args, strict=False)), **options, **given)
+
+        fake = _FAKES.get(name, _nothing)
+        torch.library.impl(twin, "CompositeExplicitAutograd", run)
+        torch.library.register_fake(twin)(lambda values, *args, **options: fake(*args, **options))
+        return getattr(torch.ops.samkern, f"traced_{name}"), numbers
+
+    _found = {name: getattr(torch.ops.samkern, op).default for name, op in _OPS.items()}
+    _TRACED = {name: _define_traced(op) for name, op in _found.items() if re.search(r"\b(float|int) ", str(op._schema))}

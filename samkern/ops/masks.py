@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..bitmask import BitMask
+from ..shards import locals_of
 from .dispatch import Tensors, check_mask, implementation, row_major
 
 
@@ -20,7 +21,8 @@ def topk_mask(scores: Tensors, k: int, *, nan: str = "raise", backend: str | Non
     Args:
         scores: of any size and sign, float32, float64, bfloat16 or float16; those that are not row-major are copied.
         k: from 0 to the number of entries.
-        nan: "raise", which reads one number back from the device, or "last": a NaN ranks below -inf.
+        nan: "raise", which reads one number back from the device (and breaks a compiled graph), or "last": a NaN ranks
+            below -inf.
         backend: as for the optimizers.
 
     Raises:
@@ -32,6 +34,8 @@ def topk_mask(scores: Tensors, k: int, *, nan: str = "raise", backend: str | Non
     """
     if nan not in ("raise", "last"):
         raise ValueError(f"nan must be 'raise' or 'last', got {nan!r}")
+    if nan == "raise" and torch.compiler.is_compiling():
+        raise ValueError("nan='raise' reads the device, which a compiled region cannot: pass nan='last'")
     scores = row_major(scores)
     n = sum(x.numel() for x in scores)
     if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= n:
@@ -40,7 +44,7 @@ def topk_mask(scores: Tensors, k: int, *, nan: str = "raise", backend: str | Non
     if not scores:
         return mask
     n_nan = torch.zeros((), dtype=torch.int64, device=mask.bits.device)
-    implementation("topk_mask", backend, reads={"scores": scores}, writes={})(scores, k, mask.bits, n_nan)
+    implementation("topk_mask", backend, reads={"scores": scores}, writes={})(scores, bits=mask.bits, n_nan=n_nan, k=k)
     if nan == "raise" and (count := int(n_nan)):
         i = next(i for i, x in enumerate(scores) if x.isnan().any())
         raise ValueError(f"{count} scores are NaN, the first in scores[{i}]; nan='last' ranks them below all others")
@@ -88,7 +92,7 @@ def drop_grow_mask(
     rows = row_major(g)
     if rows:
         run = implementation("drop_grow_mask", backend, reads={"g": rows}, writes={})
-        run(mask.bits, rows, n, _signed(seed), t, drops=True, regrow=regrow, skip=skip)
+        run(mask.bits, rows, n=n, seed=_signed(seed), t=t, drops=True, regrow=regrow, skip=skip)
 
 
 @torch.no_grad()
@@ -111,7 +115,7 @@ def grow_mask(mask: BitMask, like: Tensors, n: int, *, seed: int = 0, t: int = 0
     rows = [x.new_empty(x.shape) if x.layout == torch.strided and not x.is_contiguous() else x for x in like]
     if rows:
         run = implementation("drop_grow_mask", backend, reads={"like": rows}, writes={})
-        run(mask.bits, rows, n, _signed(seed), t, drops=False)
+        run(mask.bits, rows, n=n, seed=_signed(seed), t=t, drops=False)
 
 
 def random_mask(like: Tensors, k: int, *, seed: int = 0, t: int = 0, backend: str | None = None) -> BitMask:
@@ -164,8 +168,9 @@ def fisher_accumulate(
     >>> f
     [tensor([0.5000, 2.0000])]
     """
+    f, g = locals_of(f), locals_of(g)
     run = implementation("fisher_accumulate", backend, reads={"g": g}, writes={"f": f})
-    run(list(f), list(g), keep, gain, scale=scale, skip=skip)
+    run(list(f), list(g), keep=keep, gain=gain, scale=scale, skip=skip)
 
 
 def _check_counts(**counts: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import reference
 from ..bitmask import BitMask
 from ..reference import CLIMBS, WEIGHTINGS, Parts
+from ..shards import Shards, locals_of
 from ..tensors import is_dense
 from .dispatch import Tensors, check_mask, check_same_dtypes, implementation
 
@@ -44,7 +45,8 @@ def norms(
         backend: as for the optimizers.
 
     Returns:
-        float64 of shape (5, n + 1): rows ``aa``, ``ab``, ``bb``, ``ww``, ``tt``; a column per tensor and one for all.
+        float64 of shape (5, n + 1): rows ``aa``, ``ab``, ``bb``, ``ww``, ``tt``; a column per tensor and one for all. Of
+        ``DTensor`` lists they are over all processes, ``tt`` only where ``weighting`` looks at single entries.
 
     >>> samkern.ops.norms([torch.tensor([3.0, 4.0]), torch.ones(2)])[0].sqrt().tolist()
     [5.0, 1.4142135623730951, 5.196152422706632]
@@ -53,9 +55,11 @@ def norms(
         raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
     if weighting != "gradient" and not w:
         raise ValueError(f"weighting={weighting!r} needs w")
-    a, w = _dense(a), _dense(w)
+    shards = Shards(a)
+    a, b, w = _dense(locals_of(a)), locals_of(b), _dense(locals_of(w))
     run = implementation("norms", backend, reads={"a": a, **_given(b=b, w=w)}, writes={})
     sums: Tensor = run(list(a), list(b), list(w), weighting=weighting, eta=eta, mask=_bits(mask, w or a))
+    shards.add_up_with_total(sums)
     return sums
 
 
@@ -71,7 +75,7 @@ def difference_dot(a: Tensors, b: Tensors, c: Tensors, d: Tensors, *, backend: s
         backend: as for the optimizers.
 
     Returns:
-        float64 of shape (n + 1,): per tensor and over all. A NaN stays one.
+        float64 of shape (n + 1,): per tensor and over all, of ``DTensor`` lists over all processes. A NaN stays one.
 
     Raises:
         ValueError: lengths or shapes differ.
@@ -81,9 +85,11 @@ def difference_dot(a: Tensors, b: Tensors, c: Tensors, d: Tensors, *, backend: s
     >>> samkern.ops.difference_dot(w, x, w, x).tolist()
     [13.0, 13.0]
     """
-    a = _dense(a)
+    shards = Shards(a)
+    a, b, c, d = _dense(locals_of(a)), locals_of(b), locals_of(c), locals_of(d)
     run = implementation("difference_dot", backend, reads={"a": a, "b": b, "c": c, "d": d}, writes={})
     sums: Tensor = run(list(a), list(b), list(c), list(d))
+    shards.add_up_with_total(sums)
     return sums
 
 

@@ -7,6 +7,7 @@ from .engine import SharpnessAware
 from .lets import LETSASAM, LETSSAM
 from .looksam import LookLayerSAM, LookSAM
 from .mask import DynamicMask, FisherMask, Mask
+from .memory import Memory
 from .msam import MSAM
 from .perturbation import Adaptive, Elementwise, Euclidean, Filterwise, Layerwise, Momentum, Perturbation
 from .radius import LearnedRadius
@@ -50,6 +51,7 @@ __all__ = [
     "LookSAM",
     "Looking",
     "Mask",
+    "Memory",
     "Momentum",
     "Now",
     "OrthogonalPart",

@@ -12,6 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ..options import Base, BaseGroup, host_and_device
 from ..reference import math_dtype
+from ..shards import spread_as
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class FusedRule:
 
 def fitted(value: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
     """``value`` in ``dtype`` and in the memory layout of ``p``, itself if it is so already."""
+    value = spread_as(value, p)
     if value.dtype == dtype and value.device == p.device and value.stride() == p.stride():
         return value
     return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(value)

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import ops
 from ..options import Scaling
+from ..shards import is_sharded
 from .checks import at_least, at_least_int
 from .gradients import inverse_sq
 from .ranks import n_ranks
@@ -90,7 +91,7 @@ class Components:
         self._read()
         everything = {k for k, p in zip(component, params, strict=True) if p.requires_grad}
         self._norm_now = self._norms(params, component, scaling, backend) if self.change_tol is not None else {}
-        if t < self.warmup_steps or _reduces_gradients(model):
+        if t < self.warmup_steps or _reduces_gradients(model) or any(map(is_sharded, params)):
             return everything
         if not all(map(math.isfinite, self._norm_now.values())):
             return set()  # the step will be skipped
@@ -143,4 +144,4 @@ class Components:
 
 def _reduces_gradients(model: nn.Module | None) -> bool:
     """Whether a reducer waits for the gradient of every parameter, so that a pass cannot be restricted."""
-    return isinstance(model, DistributedDataParallel) or n_ranks() > 1
+    return isinstance(model, DistributedDataParallel) or n_ranks(model) > 1

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bitmask import BitMask
 from . import fit
 from .base import make_base
 from .checks import at_least, one_of
@@ -17,6 +16,7 @@ from .keeper import PlanKeeper, parameters_of
 from .loop import StepLoop
 from .mask import Losses, Mask
 from .masking import Masking
+from .memory import Memory, at_peak, now
 from .perturbation import Euclidean, Perturbation
 from .radius import LearnedRadius
 from .reuse import Reuse
@@ -68,7 +68,8 @@ class SharpnessAware(StepLoop):
         reuse: what a look leaves for the others.
         mask: which entries are perturbed; None: all of them. A group with ``masked=False`` is perturbed entirely.
         radius: overrides the perturbation's ``rho``: a number, or a ``LearnedRadius``.
-        model: its BatchNorm statistics are frozen in second passes.
+        model: its BatchNorm statistics are frozen in second passes. Give what ``torch.compile`` returned, if the model is
+            compiled: with the original, second passes are a graph of their own.
         max_grad_norm: clips what the base receives to this norm, > 0. The perturbation is not affected.
         cache_dtype: ``torch.float32`` or ``torch.bfloat16`` for what ``reuse`` keeps (float32: float64 for float64 weights).
         share_rng: gives both passes the same random numbers (dropout masks). Only with ``step(closure)``.
@@ -77,6 +78,13 @@ class SharpnessAware(StepLoop):
             second passes have memory of their own, and after a step ``p.grad`` is the first. Warm up some steps before
             recording, with ``zero_grad(set_to_none=False)``; with ``k > 1``, record a step that looks and one that does not.
             A graph does not refresh a mask: make it before, and again by ``refresh_mask()`` between replays.
+        perturb_sync: under ``DistributedDataParallel``, "global": weights climb by the reduced gradient, as in one process.
+            "local": by that of each process (m-SAM with a part for each), which saves the first reduction of a look. Needs
+            ``model=`` the wrapped model; without a closure also ``first_pass()``. Not for choices that keep or judge
+            gradients.
+        keep_gradients: whether ``step(closure)`` holds the first gradients through the second pass only to put them back if
+            that fails. False frees them, which is the memory of one gradient where a step needs most; methods that mix or
+            compare the two gradients hold them all the same, and so does ``capturable``. See ``memory()``.
         nonfinite: "skip": a step with a NaN or infinite gradient changes nothing. "ignore": only the first gradient of a
             look is checked, which costs nothing; a base with a step of its own takes it all the same.
         backend: name of the backend that runs the passes; by default the fastest one. See ``samkern.backends()``.
@@ -110,6 +118,8 @@ class SharpnessAware(StepLoop):
         cache_dtype: torch.dtype = torch.float32,
         share_rng: bool = False,
         capturable: bool = False,
+        perturb_sync: str = "global",
+        keep_gradients: bool = True,
         nonfinite: str = "skip",
         backend: str | None = None,
         **base_options: Any,
@@ -117,6 +127,7 @@ class SharpnessAware(StepLoop):
         if max_grad_norm is not None:
             at_least("max_grad_norm", max_grad_norm, 0, strictly=True)
         one_of("cache_dtype", cache_dtype, (torch.float32, torch.bfloat16))
+        one_of("perturb_sync", perturb_sync, ("global", "local"))
         one_of("nonfinite", nonfinite, ("skip", "ignore"))
         fit.check_kinds(
             perturbation=(perturbation, Perturbation),
@@ -141,7 +152,7 @@ class SharpnessAware(StepLoop):
         self._masking = Masking(mask, self._keeper) if mask is not None else None
         super().__init__(base, options, not_per_group=OF_ALL_GROUPS)
         self.evaluations = self._t = 0
-        self.capturable = capturable
+        self.capturable, self.perturb_sync, self.keep_gradients = capturable, perturb_sync, keep_gradients
         fit.check_choices(self)
         self._put_options_on_device()
         fit.warn_of_half_precision(self)
@@ -178,11 +189,18 @@ class SharpnessAware(StepLoop):
     def masks(self) -> list[torch.Tensor | None]:
         """For each parameter, in the order of the groups, which entries the mask chooses: bool; None: it does not choose."""
         masks = self._keeper.kept.masks
-        return [BitMask(masks[p], (p.shape,)).unpack()[0] if p in masks else None for p in parameters_of(self.base)]
+        return [self._keeper.mask_of(p) if p in masks else None for p in parameters_of(self.base)]
 
     def explain(self) -> str:
         """Which backend runs the passes, and for each group how it is perturbed and how it is updated, and why."""
         return explain(self, self._keeper)
+
+    def memory(self, peak: bool = False) -> Memory:
+        """Bytes by purpose: those that are there now, or with ``peak`` where a step has most. Also before the first step.
+
+        Between the two passes (in the closure, or after ``first_step()``) it shows the saved copy and the first gradients.
+        """
+        return at_peak(self, self._keeper) if peak else now(self, self._keeper)
 
     @property
     def skips(self) -> int:

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..options import ClimbGroup
+from ..shards import is_sharded
 from .base import fused_rule
 from .checks import warn_caller
 from .keeper import parameters_of
+from .mask import DynamicMask
+from .ranks import can_skip_reduction, n_ranks
 
 if TYPE_CHECKING:
     from .loop import StepLoop
@@ -27,6 +30,10 @@ def check_choices(opt: StepLoop) -> None:
         raise ValueError("radius=LearnedRadius does not go with share_rng=True: its passes have batches of their own")
     if opt.capturable:
         _check_capturable(opt)
+    if opt.perturb_sync == "local":
+        _check_local(opt)
+    if any(map(is_sharded, parameters_of(opt.base))):
+        _check_sharded(opt)
 
 
 def check_kinds(**choices: tuple[Any, type]) -> None:
@@ -66,6 +73,17 @@ def check_momentum(opt: StepLoop, climbs: Sequence[ClimbGroup]) -> None:
             )
 
 
+def _check_sharded(opt: StepLoop) -> None:
+    if opt.perturb_sync == "local":
+        raise ValueError(
+            "perturb_sync='local' does not go with sharded parameters, whose gradients no process has whole"
+        )
+    if opt.capturable:
+        raise ValueError("capturable=True does not go with sharded parameters, whose gradients move")
+    if isinstance(opt.mask, DynamicMask):
+        raise ValueError("DynamicMask does not go with sharded parameters; use FisherMask")
+
+
 def _check_capturable(opt: StepLoop) -> None:
     rule, why = fused_rule(opt.base)
     if rule is None:
@@ -84,6 +102,37 @@ def _check_capturable(opt: StepLoop) -> None:
         )
     if opt.share_rng:
         raise ValueError("capturable=True does not go with share_rng=True: a graph cannot wind back random numbers")
+
+
+def _check_local(opt: StepLoop) -> None:
+    reasons = {
+        "a perturbation before the only pass": opt.perturbation.before_pass,
+        f"{type(opt.reuse).__name__}, which mixes both gradients": opt.reuse is not None,
+        f"{type(opt.schedule).__name__}, which judges gradients": opt.schedule.reads_gradients
+        or opt.schedule.wants_change,
+        f"{type(opt.mask).__name__}, which is chosen by gradients": judges_gradients(opt),
+        "a LearnedRadius": opt.learned is not None,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(
+                f"perturb_sync='local' does not go with {reason}: processes would drift apart; use perturb_sync='global'"
+            )
+
+
+def check_sync(opt: StepLoop) -> None:
+    """Raises ``ValueError`` if gradients cannot stay with their process, and should."""
+    if opt.perturb_sync == "local" and n_ranks(opt.model) > 1 and not can_skip_reduction(opt.model):
+        raise ValueError(
+            "perturb_sync='local' needs model=, the DistributedDataParallel whose reduction it leaves out, got "
+            f"model={type(opt.model).__name__}"
+        )
+
+    if opt.perturb_sync == "local" and n_ranks(opt.model) > 1 and getattr(opt.model, "static_graph", False):
+        raise ValueError(
+            "perturb_sync='local' does not go with static_graph=True: that reducer reduces in every backward; leave it out, or "
+            "use perturb_sync='global'"
+        )
 
 
 def judges_gradients(opt: StepLoop) -> bool:
@@ -123,8 +172,17 @@ def _check_parts(opt: StepLoop) -> None:
             raise ValueError(f"several closures, each with its own gradient, do not go with {reason}; pass one closure")
 
 
+def _check_is_itself(opt: StepLoop, what: str) -> None:
+    if "base" not in vars(opt):  # Lightning's wrapper inherits our methods, and would keep what they set
+        raise TypeError(
+            f"{what} of {type(opt).__name__}, which wraps an optimizer of samkern but keeps no state for it: call it on what "
+            "is wrapped (its .optimizer), or derive the module from samkern.integrations.lightning.SharpnessAwareModule"
+        )
+
+
 def check_halves(opt: StepLoop) -> None:
-    """Raises ``RuntimeError`` if a step cannot be taken in two halves, after a first pass."""
+    """Raises ``RuntimeError`` if a step cannot be taken in two halves, after a first pass; ``TypeError`` of a wrapper."""
+    _check_is_itself(opt, "first_step()")
     if opt.share_rng:
         raise RuntimeError("share_rng=True needs step(closure): first_step() comes after the first pass has drawn")
     if opt.perturbation.before_pass:
@@ -135,7 +193,8 @@ def check_halves(opt: StepLoop) -> None:
 
 
 def check_perturbed(opt: StepLoop) -> None:
-    """Raises ``RuntimeError`` if the perturbation comes after a first pass."""
+    """Raises ``RuntimeError`` if the perturbation comes after a first pass; ``TypeError`` of a wrapper."""
+    _check_is_itself(opt, "perturbed()")
     if not opt.perturbation.before_pass:
         name = type(opt.perturbation).__name__
         raise RuntimeError(f"{name} climbs along a gradient, after a first pass: use first_step() and second_step()")

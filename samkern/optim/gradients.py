@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..options import Scaling
 from ..reference import finite, math_dtype
+from .ranks import has_ranks
 
 
 def norm_sq(gradients: Sequence[Tensor | None], scaling: Scaling, backend: str, device: torch.device) -> Tensor:
@@ -28,6 +29,19 @@ def norm_sq(gradients: Sequence[Tensor | None], scaling: Scaling, backend: str, 
 def inverse_sq(scaling: Scaling) -> Tensor | float:
     """What makes sums of products of two gradients those without a loss scale."""
     return 1.0 if scaling.grad_scale is None else scaling.grad_scale.double().squeeze().reciprocal().square()
+
+
+def own(params: Sequence[Tensor]) -> None:
+    """Gradients that the next backward would overwrite become copies.
+
+    Those are views of a flat buffer: buckets of ``DistributedDataParallel`` with ``gradient_as_bucket_view=True``.
+    """
+    if not has_ranks():
+        return
+    for p in params:
+        base = None if p.grad is None else p.grad._base
+        if base is not None and base.dim() == 1:
+            p.grad = p.grad.clone()  # type: ignore[union-attr]
 
 
 class GradientMean:

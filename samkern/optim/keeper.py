@@ -12,8 +12,11 @@ from torch.optim import Optimizer
 
 from .. import backends
 from ..bitmask import BitMask
+from ..options import Held
 from ..plan import Kept, TensorPlan, make_plan
 from ..reference import mask_bytes, math_dtype
+from ..sharded_plan import ShardedPlan
+from ..shards import is_sharded, like, local, locals_of, spread_as
 from ..tensors import check_parameters, is_capturing, is_dense
 from .base import FusedRule, fitted, fused_rule
 
@@ -30,9 +33,18 @@ def names_of(base: Optimizer) -> list[str]:
 
 def _fits(name: str, x: Tensor, p: Tensor) -> bool:
     """Whether what a checkpoint has as ``name`` can be of parameter ``p``."""
-    if name == "masks":
+    if name == "masks" and x.dtype != torch.bool:
         return x.dtype == torch.uint8 and x.shape == (mask_bytes(p.numel()),)
     return x.shape == p.shape
+
+
+def _bits_of(mask: Tensor, p: Tensor) -> Tensor:
+    """What this process has of the mask of ``p``, from what a checkpoint has: an entry each, or the bits of all of it."""
+    if mask.dtype != torch.bool:
+        if not is_sharded(p):
+            return mask.to(p.device, copy=True)
+        (mask,) = BitMask(mask, (p.shape,)).unpack()
+    return BitMask.pack([local(spread_as(mask, p)).to(p.device)]).bits
 
 
 class PlanKeeper:
@@ -81,6 +93,11 @@ class PlanKeeper:
             plan = self._build(resolved)
         return plan
 
+    def place_gradients(self) -> None:
+        """Sees to it that every process has the same part of a gradient as of its parameter, for whoever reads both."""
+        if isinstance(self._plan, ShardedPlan):
+            self._plan.place_gradients()
+
     def restore(self) -> None:
         """Undoes a perturbation, if there is one."""
         if self._plan is not None:
@@ -111,7 +128,7 @@ class PlanKeeper:
             self.refuse_while_recording("a cache")
         for i in missing:
             p = self.kept.params[i]
-            cache = self.kept.cache[p] = torch.zeros_like(p, dtype=self._cache_dtype(p), requires_grad=False)
+            cache = self.kept.cache[p] = torch.zeros_like(p, dtype=self.cache_dtype_of(p), requires_grad=False)
             plan.bind_cache(i, cache)
 
     def refuse_while_recording(self, what: str) -> None:
@@ -124,6 +141,21 @@ class PlanKeeper:
                 f"{what} has to be made, and a graph is being recorded: take some steps before recording"
             )
 
+    def held(self) -> Held:
+        """What is in memory for the plan, if there is one, and beside what ``kept`` has by parameter."""
+        held = Held() if self._plan is None else Held(*self._plan.held())
+        scalars = [self.kept.cache_norm, self.kept.fresh, self.kept.skips]
+        return held._replace(other=[*held.other, *scalars])
+
+    def room_to_save(self, p: Tensor) -> int:
+        """Bytes that ``p`` takes in the saved copy: kernels lay it out in steps of 64 bytes."""
+        step = 1 if self._is_reference(self.resolved()) else 64
+        return -(-p.numel() * p.element_size() // step) * step
+
+    def masks_held(self) -> list[Tensor]:
+        """Those of ``kept``, and where weights are not in row-major order, the same in their order."""
+        return [*self.kept.masks.values(), *self._bound_masks.values()]
+
     def bind_masks(self) -> None:
         """Tells the plan, if there is one, which entries ``kept.masks`` lets through."""
         if self._plan is None:
@@ -134,9 +166,10 @@ class PlanKeeper:
 
     def _laid_out(self, p: Tensor, bits: Tensor) -> Tensor:
         """Bits in the order of the memory of ``p``. They keep their place, since a CUDA graph may hold the address."""
-        if p.is_contiguous():
+        part = local(p)
+        if part.is_contiguous():
             return bits
-        (laid_out,) = BitMask(bits, (p.shape,)).in_layout_of([p])
+        (laid_out,) = BitMask(bits, (part.shape,)).in_layout_of([part])
         bound = self._bound_masks.get(p)
         if bound is None or bound.shape != laid_out.shape or bound.device != laid_out.device:
             self._bound_masks[p] = laid_out
@@ -150,9 +183,16 @@ class PlanKeeper:
             self._plan, self.kept = None, self.kept.for_parameters(params)  # a group was added since the last step
         index = {p: i for i, p in enumerate(self.kept.params)}
         state: dict[str, Any] = {"skips": self.kept.skips, "cache_norm": self.kept.cache_norm}
-        for name in ("cache", "masks", "squares"):
+        for name in ("cache", "squares"):
             state[name] = {index[p]: value for p, value in getattr(self.kept, name).items()}
+        # Of a sharded parameter an entry each: bits of a part would be of no use to other numbers of processes.
+        state["masks"] = {index[p]: self.mask_of(p) if is_sharded(p) else bits for p, bits in self.kept.masks.items()}
         return state
+
+    def mask_of(self, p: Tensor) -> Tensor:
+        """The mask of ``p``, which has one: bool, in its shape and spread as it is."""
+        (ones,) = BitMask(self.kept.masks[p], (local(p).shape,)).unpack()
+        return like(ones, p)
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ``ValueError`` if ``state`` is of other parameters."""
@@ -173,11 +213,12 @@ class PlanKeeper:
         if state:
             self.kept.skips.copy_(state["skips"])
             self.kept.cache_norm.copy_(state["cache_norm"])
-            for i, cache in state["cache"].items():
-                self.kept.cache[params[i]] = fitted(cache, params[i], self._cache_dtype(params[i])).clone()
-            for name in ("masks", "squares"):
-                values = {params[i]: x.to(params[i].device, copy=True) for i, x in state.get(name, {}).items()}
-                setattr(self.kept, name, values)
+            for i, cache in state.get("cache", {}).items():
+                self.kept.cache[params[i]] = fitted(cache, params[i], self.cache_dtype_of(params[i])).clone()
+            for i, x in state.get("squares", {}).items():
+                self.kept.squares[params[i]] = spread_as(x, params[i]).to(params[i].device, copy=True)
+            for i, mask in state.get("masks", {}).items():
+                self.kept.masks[params[i]] = _bits_of(mask, params[i])
 
     def base_state_dict(self) -> dict[str, Any]:
         """The base's, without momentum buffers that no step has written yet: torch has none before the first step."""
@@ -204,15 +245,19 @@ class PlanKeeper:
         check_parameters(params, names_of(self.base))
         self.kept = self.kept.for_parameters(params)
         for p, cache in self.kept.cache.items():
-            self.kept.cache[p] = fitted(cache, p, self._cache_dtype(p))
+            self.kept.cache[p] = fitted(cache, p, self.cache_dtype_of(p))
         for rows in (self.kept.masks, self.kept.squares):  # in row-major order whatever the layout of the weights
             rows.update({p: x.to(p.device) for p, x in rows.items()})
         group_of = [i for i, group in enumerate(self.base.param_groups) for _ in group["params"]]
-        plan = make_plan(resolved if all(map(is_dense, params)) else "reference", params, group_of, self.kept)
+        plan = make_plan("reference" if self._is_reference(resolved) else resolved, params, group_of, self.kept)
         self._bind(plan, fused_rule(self.base)[0])
         self._plan, self._resolved = plan, resolved
         self.bind_masks()
         return plan
+
+    def _is_reference(self, resolved: str) -> bool:
+        """Whether the reference runs the passes: other backends take no strided views with gaps."""
+        return resolved == "reference" or not all(map(is_dense, locals_of(self.kept.params)))
 
     def _bind(self, plan: TensorPlan, rule: FusedRule | None) -> None:
         state = self.base.state
@@ -223,5 +268,6 @@ class PlanKeeper:
         plan.bind_state(state if rule else {}, rule.keys if rule else ())
         self._rule = rule
 
-    def _cache_dtype(self, p: Tensor) -> torch.dtype:
+    def cache_dtype_of(self, p: Tensor) -> torch.dtype:
+        """In which ``p`` has its cache."""
         return torch.bfloat16 if self.cache_dtype == torch.bfloat16 else math_dtype(p.dtype)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..bitmask import BitMask
 from ..fisher import SampleLosses, fisher_diagonal
+from ..sharded_select import largest_of_shards
+from ..shards import is_sharded, row_major_zeros
 from .checks import at_least_int, between, one_of
 
 Losses = Iterable[Tensor] | SampleLosses
@@ -191,8 +193,8 @@ class FisherMask(Mask):
             if sight.by_hand:
                 raise RuntimeError("no gradient has been accumulated yet: take a step before refresh_mask()")
             return None
-        scores = [sight.squares[p] if p in sight.squares else p.new_zeros(p.shape) for p in params]
-        return ops.topk_mask(scores, k, nan="last", backend=sight.backend)
+        scores = [sight.squares[p] if p in sight.squares else row_major_zeros(p, p.dtype) for p in params]
+        return _largest(scores, k, sight.backend)
 
     def _of_samples(self, sight: Sight, params: list[Tensor], k: int) -> BitMask:
         losses = sight.losses
@@ -203,7 +205,7 @@ class FisherMask(Mask):
         n = None if isinstance(losses, SampleLosses) else self.num_samples  # they have a number of their own
         diagonal = fisher_diagonal(params, losses, num_samples=n, model=sight.model, backend=sight.backend)
         self.n_used, self.n_left_out = diagonal.n_used, diagonal.n_left_out
-        mask = ops.topk_mask(diagonal.squares, k, nan="last", backend=sight.backend)
+        mask = _largest(diagonal.squares, k, sight.backend)
         # Without a single finite sample there is nothing to choose by.
         return BitMask(torch.where(diagonal.n_used > 0, mask.bits, sight.old.bits), mask.shapes)
 
@@ -211,6 +213,13 @@ class FisherMask(Mask):
         if self.fisher != "batch" or t % self.fisher_every != 0:
             return None
         return self.fisher_ema, 1 - self.fisher_ema
+
+
+def _largest(scores: list[Tensor], k: int, backend: str) -> BitMask:
+    """The ``k`` largest, over all processes if they are sharded."""
+    if any(map(is_sharded, scores)):
+        return largest_of_shards(scores, k)
+    return ops.topk_mask(scores, k, nan="last", backend=backend)
 
 
 class DynamicMask(Mask):

@@ -13,6 +13,7 @@ from .. import ops
 from ..bitmask import BitMask
 from ..options import Scaling, perturbs
 from ..reference import math_dtype
+from ..shards import is_sharded, locals_of, row_major_zeros
 from .checks import warn_caller
 from .gradients import norm_sq
 from .keeper import PlanKeeper
@@ -61,7 +62,7 @@ class Masking:
                     self._first[p] = p.grad.clone() if overwrites else p.grad
                     if p not in squares:
                         self._new_squares.append(p)
-                        squares[p] = torch.zeros(p.shape, dtype=math_dtype(p.dtype), device=p.device)
+                        squares[p] = row_major_zeros(p, math_dtype(p.dtype))
 
     def refresh(self, t: int, groups: Groups, losses: Losses | None, scaling: Scaling, model: nn.Module | None) -> None:
         """Makes the mask anew between two steps. If that fails, the mask is as it was."""
@@ -128,14 +129,15 @@ class Masking:
         if self.mask.wants_gradients and any(g is not None for g in gradients):
             sound = norm_sq(gradients, scaling, backend, params[0].device).isfinite()
         if _are_same(params, kept.masks):
-            old = BitMask(torch.cat(list(kept.masks.values())), tuple(p.shape for p in params))
+            old = BitMask(torch.cat(list(kept.masks.values())), tuple(p.shape for p in locals_of(params)))
         else:
-            old = BitMask.ones(params)
+            old = BitMask.ones(locals_of(params))
         new = self.mask.refreshed(
             Sight(params, old, gradients, kept.squares, sound, losses, model, backend, t, by_hand)
         )
         if new is not None:
-            same_on_all_ranks(new.bits)
+            if not any(map(is_sharded, params)):
+                same_on_all_ranks(new.bits, model)
             self._put(dict(zip(params, new.parts(), strict=True)))
             self._refreshed = dict(zip(params, old.parts(), strict=True))
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..options import Scaling
 from ..reference import math_dtype
 from .checks import at_least, at_least_int, one_of
 from .gradients import inverse_sq
-from .ranks import same_on_all_ranks
+from .ranks import mean_of_all_ranks, same_on_all_ranks
 
 Gradients = Sequence[Tensor | None]
 
@@ -70,8 +70,9 @@ class LearnedRadius:
         """Ends what has begun for a step."""
         self.is_ready = False
         self._first: Gradients = []
-        self._old: list[Tensor] = []
+        self._old: dict[int, Tensor] = {}
         self._moves: list[tuple[int, Tensor, Tensor]] = []
+        self._aside: list[Gradients] = []
 
     def attach(self, groups: Sequence[dict[str, Any]], key: str, device: torch.device) -> None:
         """Puts the radius into the groups that are perturbed, as their option ``key``."""
@@ -89,7 +90,9 @@ class LearnedRadius:
         """The first gradients are in place."""
         self.forget()  # what an interrupt may have left
         self._first = [p.grad for p in params]
-        self._old = [p.detach().clone() for p in params] if self.hyper == "diag" else []
+        if self.hyper == "diag":
+            moving = [i for i, p in enumerate(params) if p.requires_grad or p.grad is not None]
+            self._old = {i: params[i].detach().clone() for i in moving}
 
     def before_update(self, params: Sequence[Tensor], overwrites: bool) -> None:
         """The second gradients are in place, and weights perturbed. ``overwrites``: the update may write to gradients."""
@@ -105,6 +108,17 @@ class LearnedRadius:
                 first = torch.zeros_like(g_s) if g is None else g
                 self._moves.append((i, g_s.clone() if overwrites else g_s, first))
 
+    def set_aside(self, gradients: Gradients) -> Gradients:
+        """Counts them as held until ``forget()``. Returns them."""
+        self._aside.append(gradients)
+        return gradients
+
+    def extra_bytes(self, p: Tensor, of_gradient: int, overwrites: bool) -> int:
+        """What ``p`` takes until the radius is updated, beside gradients, whose bytes are ``of_gradient``."""
+        if self.hyper == "diag":
+            return p.numel() * (p.element_size() + 2 * math_dtype(p.dtype).itemsize)
+        return of_gradient if overwrites else 0
+
     def learn(
         self,
         train: tuple[Any, Gradients],
@@ -113,10 +127,11 @@ class LearnedRadius:
         skipped: Tensor,
         scaling: Scaling,
         backend: str,
+        model: nn.Module | None = None,
     ) -> None:
         """Updates the radius from losses and gradients at ``w+``, unless the step was skipped or something is not finite.
 
-        ``lrs``: of each parameter.
+        ``lrs``: of each parameter. ``model``: whose ranks each have a loss of their own.
         """
         (train_loss, gt), (val_loss, gv) = train, val
         moves = [(i, a, b) for i, a, b in self._moves if gt[i] is not None or gv[i] is not None]
@@ -140,10 +155,11 @@ class LearnedRadius:
             scale = scale * (inverse_sq(scaling) ** 0.5)
         rho = self.rho.double()
         losses = [torch.as_tensor(loss, device=device).double().squeeze() for loss in (val_loss, train_loss)]
-        slope = (losses[0] - losses[1]) * -(rates_there * dots).sum() * scale / rho
+        gap = mean_of_all_ranks(losses[0] - losses[1], model)
+        slope = gap * -(rates_there * dots).sum() * scale / rho
         new = (rho - self.beta * slope).clamp(self.rho_min, self.rho_max)
         self.rho.copy_(torch.where(skipped | ~slope.isfinite(), rho, new))
-        same_on_all_ranks(self.rho)
+        same_on_all_ranks(self.rho, model)
 
     def settle(self, t: int, looked: bool) -> None:
         """Step ``t`` is done. ``is_ready`` is now whether ``learn`` is due."""

@@ -77,6 +77,10 @@ class Reuse:
     def settle(self, t: int, looked: bool, skipped: Callable[[], Tensor]) -> None:
         """Step ``t`` is done. ``skipped()``: a 0-d bool on the device."""
 
+    def holders(self) -> list[object]:
+        """Whose attributes may hold tensors."""
+        return [self]
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint has of it, beside the cache."""
         return {}
@@ -176,7 +180,8 @@ class Difference(Reuse):
         warmup_steps: before this step, looks sample everything.
 
     With a model that ``DistributedDataParallel`` wraps, looks sample everything: its reducer waits for every gradient. Under
-    ``torch.compile`` every new set of sampled components compiles the backward anew: keep them few.
+    ``torch.compile`` every new set of sampled components compiles the model anew, and after 8 of them (torch's limit) it runs
+    as written: name two or three components.
 
     Raises:
         ValueError: an option is out of range, or a parameter is named twice.
@@ -300,6 +305,9 @@ class Difference(Reuse):
         self._component_then = self._component
         if looked:
             self._components.settle(t, self._sampled, skipped())
+
+    def holders(self) -> list[object]:
+        return [self, self._components]
 
     def state(self) -> dict[str, Any]:
         return {**self._components.state(), "component": self._component_then}
