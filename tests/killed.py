@@ -23,12 +23,12 @@ from bench.atomic_save import atomic_save
 from .cases import subject_named
 from .methods import base_named
 from .problems import Net, closure_for
+from .ranks import PRELOADED
 
 STEPS, EVERY = 24, 4  # a checkpoint after so many
 CHECKPOINT, END = "checkpoint.pt", "end.pt"
 SERVER = multiprocessing.get_context("forkserver")
-# torch.optim imports torch._dynamo in its first step.
-SERVER.set_forkserver_preload(["torch", "torch._dynamo", __name__])
+SERVER.set_forkserver_preload(PRELOADED)
 
 
 @dataclass(frozen=True)

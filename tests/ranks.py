@@ -24,8 +24,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Imported once, in the process that the ranks are forked from.
+# Imported once, in the process that all others are forked from: there is one of it, whoever asks first.
 PRELOADED = [
+    "tests.killed",
     "torch",
     "torch._dynamo",
     "torch.distributed.fsdp",

@@ -17,6 +17,7 @@ from samkern.optim import Budget, Decision, Difference, Euclidean, EveryK, Now, 
 
 from .choices import HostReads, beside_its_oracle, disturbed, gentle, n_steps, three_groups
 from .lists import FP32, affordable, same_bits
+from .methods import base_named
 from .oracles import arsam
 from .problems import closure_for, flat, make_net, train, weights
 from .test_oracles import Quadratic, start
@@ -649,3 +650,26 @@ def test_a_look_without_any_gradient(backend):
         opt.step(lambda there=there: setattr(p, "grad", torch.ones(3) if there else None))
     assert opt.evaluations == 6
     assert opt.steps == 3
+
+
+@pytest.mark.parametrize("base", ["momentum", "AdamW"])
+def test_the_first_update_of_what_is_not_sampled(base, backend):
+    """Parameter 1 has been sampled without a second gradient, so nothing was updated. The next look leaves it out.
+
+    Its momentum begins all the same.
+    """
+    p = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    options = {**base_named(base).options, "warmup_steps": 1, "window": 1, "max_rate": 1.0, "components": "tensor"}
+    opt = samkern.ARSAM(p, base_named(base).cls, **options, backend=backend)
+    passes = iter([(1.0, 1.0), (1.0, None), (3.0, 1.0), (3.0, None)])
+
+    def closure():
+        for x, value in zip(p, next(passes), strict=True):
+            x.grad = None if value is None else torch.full((3,), value)
+
+    opt.step(closure)
+    assert not opt.state_dict()["state"].get(1)
+    opt.step(closure)
+    assert opt.evaluations == 4
+    moment = next(x for key, x in opt.state[p[1]].items() if key != "step")
+    assert moment.count_nonzero() == 3

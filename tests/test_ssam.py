@@ -398,7 +398,7 @@ def test_looksam_with_asams_operator_on_a_mask(backend):
     )
     w = list(twin.parameters())
     chooser = ssam.SSAMD(w, None, rho=1.0)
-    chooser.prepare_mask([None] * len(w))
+    chooser.follow()
     oracle = MaskedLookASAM(w, Sgd(w, **SGD), chooser, rho=0.5, k=3, alpha=0.7)
     for t in range(affordable(backend, 8, 4)):
         opt.step(closure_for(net, t, opt.zero_grad))

@@ -87,7 +87,7 @@ class SharpnessAware(StepLoop):
             methods that mix or compare the two gradients hold them all the same, and so does ``capturable``. See
             ``memory()``.
         nonfinite: "skip": a step with a NaN or infinite gradient changes nothing. "ignore": only the first gradient of a
-            look is checked, which costs nothing.
+            look is checked, which costs nothing; a base with a step of its own takes it all the same.
         backend: name of the backend that runs the passes; by default the fastest one. See ``samkern.backends()``.
         base_options: options of ``base``.
 

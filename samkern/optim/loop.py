@@ -472,6 +472,9 @@ class StepLoop(OptimizerAround):
         if record.looked:
             self._keeper.place_gradients()
             self._with_both_gradients(overwrites=rule is None)
+            if self.reuse is not None and not self.reuse.samples_all:
+                # What was filled in may be the first gradient that its parameter is updated with.
+                self._keeper.prepare(plan, with_cache=False)
         options = [rule.group(group) for group in self.param_groups] if rule else ()
         check, clip = self.nonfinite == "skip" or self._loss_scale.is_used, self.max_grad_norm or 0.0
         base = rule.base if rule else Base.NONE

@@ -101,7 +101,9 @@ class SSAMD(SSAM):
 
     def follow(self):
         """Weights that were added: random entries enter the mask or leave it, so that their number is right again."""
-        if self.mask is None or not len(self.mask):
+        if not self.chosen:
+            return
+        if self.mask is None:
             self.mask = grown(np.ones(self.n, dtype=bool), self.k, self.seed, 0)
         mask = np.concatenate([self.mask, np.zeros(self.n - len(self.mask), dtype=bool)])
         surplus = int(mask.sum()) - self.k
