@@ -148,8 +148,8 @@ class Plan {
 
   bool perturbed() const { return perturbed_; }
 
-  // From now on half-steps call add_up(sums), float64 [5, n_tensors + 1], between their sums and what follows from them:
-  // it adds what other processes have of the same tensors. None: the tensors are whole.
+  // From now on half-steps call add_up(sums), float64 [5, n_tensors + 1], between their sums and what follows from
+  // them: it adds what other processes have of the same tensors. None: the tensors are whole.
   void add_up_with(py::object add_up) { add_up_ = std::move(add_up); }
   // What the plan itself keeps in memory now: tensors of the saved copy, first gradients, other tensors, and the bytes
   // of tables that are no tensors.

@@ -245,7 +245,8 @@ const char* start_perturb(const PlanView& plan, const PerturbOptions& options, i
   set_groups(args.climbs, options.climbs, options.climb_table, options.n_groups);
   switch (kind_of(plan)) {
     case Kind::kFloat32: return start(perturb_kernel<Kind::kFloat32, Kind::kFloat32>, args, stream, options.after_sums);
-    case Kind::kBFloat16: return start(perturb_kernel<Kind::kBFloat16, Kind::kBFloat16>, args, stream, options.after_sums);
+    case Kind::kBFloat16:
+      return start(perturb_kernel<Kind::kBFloat16, Kind::kBFloat16>, args, stream, options.after_sums);
     case Kind::kFloat16: return start(perturb_kernel<Kind::kFloat16, Kind::kFloat16>, args, stream, options.after_sums);
     default: return start(perturb_kernel<Kind::kAny, Kind::kAny>, args, stream, options.after_sums);
   }
