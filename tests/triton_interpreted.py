@@ -322,9 +322,9 @@ def test_a_climb_along_the_momentum_reduces_only_what_has_changed(monkeypatch):
     moments, report, phases = [torch.randn_like(p) for p in params], poisoned_report(), []
     made.bind_state({p: {"v": v} for p, v in zip(params, moments, strict=True)}, ("v",))
 
-    def watched(launch, slices, wanted):
+    def watched(launch, slices, wanted, after_sums):
         phases.append(wanted)
-        run_phases(launch, slices, wanted)
+        run_phases(launch, slices, wanted, after_sums)
 
     def reduces():
         made.perturb_along_momentum([ClimbGroup(Climb.EUCLIDEAN, 0.3)], report)
