@@ -121,17 +121,33 @@ class StepLoop(OptimizerAround):
             RuntimeError: as of ``first_step()``; or ``first_step()`` has not had the scaler that ends its step.
             ValueError: no ``val_closure``, or several closures, where the choices need or exclude them.
         """
+        if closure is None:
+            return self._step_without_closure(val_closure, scaler)
         try:
-            if closure is None and self._pending is not None and not self.perturbation.before_pass:
-                return self._step_after_first(scaler)
-            if closure is None and self._only_makes_state():
-                return self.base.step()
             fit.check_closures(self, closure, val_closure)
             self.require_idle("step()")
             self._take(scaler)
-            return self._step_after_pass() if closure is None else self._step(closure, val_closure)
+            return self._step(closure, val_closure)
         except BaseException:
-            self._forget_scaling(by_hand=closure is not None)
+            self._forget_scaling(by_hand=True)
+            raise
+        finally:
+            if self._pending is None:
+                self._loss_scale.let_go()
+
+    @eager
+    def _step_without_closure(self, val_closure: Closure | None, scaler: GradScaler | None) -> Any:
+        try:
+            if self._pending is not None and not self.perturbation.before_pass:
+                return self._step_after_first(scaler)
+            if self._only_makes_state():
+                return self.base.step()
+            fit.check_closures(self, None, val_closure)
+            self.require_idle("step()")
+            self._take(scaler)
+            return self._step_after_pass()
+        except BaseException:
+            self._forget_scaling(by_hand=False)
             raise
         finally:
             if self._pending is None:
@@ -560,6 +576,7 @@ class StepLoop(OptimizerAround):
         scaling = Scaling(*given)
         return scaling if self._loss_scale.scale is None else scaling._replace(grad_scale=self._loss_scale.scale)
 
+    @eager  # perturbed() calls it at the end of a block that may be compiled
     def _finish(self) -> None:
         self._pending = None
         # Autocast keeps half-precision copies of weights as long as its block lasts, which may be around both passes.
