@@ -23,9 +23,9 @@ EMULATED = "cuda" not in BUILT and not emulator.why_not()
 AVAILABLE = [*BUILT, *(["cuda"] if EMULATED else [])]
 # What is decided above the plan; of its tests Triton's interpreter takes one in so many.
 ABOVE_THE_PLAN = {
-    **dict.fromkeys(("test_ssam.py", "test_schedules.py", "test_choices.py"), 8),
-    **dict.fromkeys(("test_amp.py", "test_arsam.py", "test_lets.py", "test_msam.py", "test_parts.py"), 8),
-    **dict.fromkeys(("test_state.py", "test_faults.py", "test_step.py", "test_theory.py"), 2),
+    **dict.fromkeys(("test_ssam.py", "test_schedules.py", "test_choices.py"), 16),
+    **dict.fromkeys(("test_amp.py", "test_arsam.py", "test_lets.py", "test_msam.py", "test_parts.py"), 16),
+    **dict.fromkeys(("test_state.py", "test_faults.py", "test_step.py", "test_theory.py"), 4),
 }
 _taken = collections.Counter()  # tests by backend
 _left_out = []  # ids of tests
