@@ -24,7 +24,8 @@ def largest_of_shards(scores: Sequence[Tensor], k: int) -> BitMask:
         A mask over the parts of this process.
     """
     shards, parts = Shards(scores), locals_of(scores)
-    keys = [_keys(x) for x in parts]
+    wide = any(x.dtype == torch.float64 for x in parts)  # numbers of one list are compared: one width for all
+    keys = [_keys(x, torch.float64 if wide else torch.float32) for x in parts]
     threshold = torch.zeros((), dtype=torch.int64, device=keys[0].device)
 
     def counts(chosen: list[Tensor]) -> Tensor:
@@ -32,7 +33,7 @@ def largest_of_shards(scores: Sequence[Tensor], k: int) -> BitMask:
         shards.add_up(of_each)
         return of_each
 
-    for bit in reversed(range(63 if any(x.dtype == torch.float64 for x in scores) else 31)):
+    for bit in reversed(range(63 if wide else 31)):
         candidate = threshold + (1 << bit)
         enough = counts([key >= candidate for key in keys]).sum() >= k
         threshold = torch.where(enough, candidate, threshold)
@@ -49,8 +50,7 @@ def largest_of_shards(scores: Sequence[Tensor], k: int) -> BitMask:
     return BitMask.pack(ones) if k > 0 else BitMask.zeros(parts)
 
 
-def _keys(x: Tensor) -> Tensor:
-    """Integers in the order of numbers that are >= 0; -1 for NaN."""
-    wide = x.dtype == torch.float64
-    bits = (x + 0.0 if wide else x.float() + 0.0).contiguous().view(torch.int64 if wide else torch.int32).long()
+def _keys(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Integers in the order of numbers that are >= 0, from their bits in ``dtype``; -1 for NaN."""
+    bits = (x.to(dtype) + 0.0).contiguous().view(torch.int64 if dtype == torch.float64 else torch.int32).long()
     return torch.where(x.isnan(), -1, bits)

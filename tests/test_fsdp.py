@@ -421,12 +421,14 @@ def some_scores(dtype, kind):
         lists = [torch.zeros_like(x) for x in lists]
     if kind == "infinite":
         lists = [torch.where(x > 1, math.inf, x) for x in lists]
+    if kind == "mixed":  # with numbers that only some of the tensors can hold
+        return [(x * 2).round() / 2 + 1e-9 if i % 2 else ((x * 2).round() / 2).float() for i, x in enumerate(lists)]
     return [x.to(dtype) for x in lists]
 
 
 SCORES = [
     *((FP32, kind) for kind in ("random", "ties", "tiny", "nan", "zeros", "infinite")),
-    *((FP64, kind) for kind in ("ties", "tiny", "nan")),
+    *((FP64, kind) for kind in ("ties", "tiny", "nan", "mixed")),
 ]
 N_ENTRIES = sum(math.prod(shape) for shape in sharded.SHAPES)
 
