@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_into
 from torch.distributed.checkpoint.storage import StorageReader
 
 from ..optim import SharpnessAware
+from ..optim.keeper import parameters_of
+from ..optim.ranks import has_ranks
 from ..shards import row_major_zeros
 
 __all__ = ["load"]
@@ -78,10 +80,9 @@ def load(
     if not any(path[1:2] == ("param_groups",) for path in ours.values()):
         there = sorted({str(path[0]) for path in paths.values()})
         raise ValueError(f"the checkpoint has no state of an optimizer under {key!r}; it has {', '.join(there)}")
-    params = [p for group in opt.param_groups for p in group["params"]]
+    params = parameters_of(opt.base)
     values = {name: _to_fill(metadata, name, path, params) for name, path in ours.items()}
-    no_dist = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    load_into(values, storage_reader=reader, process_group=process_group, no_dist=no_dist)
+    load_into(values, storage_reader=reader, process_group=process_group, no_dist=not has_ranks())
     nested: dict[Any, Any] = {"state": {}}
     for name, path in ours.items():
         _put(nested, path[1:], values[name])

@@ -21,7 +21,7 @@ def sharpness_aware(optimizer: Any) -> SharpnessAware:
         TypeError: it is none of samkern's.
     """
     inner = optimizer
-    while not isinstance(inner, SharpnessAware) or "base" not in vars(inner):  # Lightning's wrapper says that it is one
+    while not isinstance(inner, SharpnessAware) or not inner.is_itself:
         inner = getattr(inner, "optimizer", None)
         if inner is None:
             raise TypeError(

@@ -152,7 +152,12 @@ class OptimizerAround(Optimizer):
     def restore_precision(self, state_dict: Mapping[str, Any]) -> None:
         """Puts back float32 state that torch's loading has cast to the dtype of half-precision parameters."""
 
-    # ---- pickle and deepcopy
+    # ---- wrappers, pickle and deepcopy
+
+    @property
+    def is_itself(self) -> bool:
+        """False for a wrapper that takes our class for its own and leaves the attributes to what it wraps (Lightning's)."""
+        return "base" in vars(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self.require_idle("copying or pickling the optimizer")

@@ -184,7 +184,7 @@ def _check_parts(opt: StepLoop) -> None:
 
 
 def _check_is_itself(opt: StepLoop, what: str) -> None:
-    if "base" not in vars(opt):  # Lightning's wrapper inherits our methods, and would keep what they set
+    if not opt.is_itself:
         raise TypeError(
             f"{what} of {type(opt).__name__}, which wraps an optimizer of samkern but keeps no state for it: call it on what "
             "is wrapped (its .optimizer), or derive the module from samkern.integrations.lightning.SharpnessAwareModule"
