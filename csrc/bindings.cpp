@@ -30,6 +30,8 @@ using MixTuple = std::tuple<int32_t, int32_t, double, std::vector<double>, std::
 const std::vector<std::string> kReportFields = {"grad_norm",     "second_norm",    "update_norm",   "perturb_norm",
                                                 "realised_norm", "realised_share", "skipped_first", "skipped_second"};
 
+// how many weights are in it, decay, warmup
+using AverageTuple = std::tuple<Tensor, std::optional<double>, bool>;
 // grad_scale, found_inf
 using ScalingTuple = std::tuple<std::optional<Tensor>, std::optional<Tensor>>;
 
@@ -285,7 +287,9 @@ class Plan {
   }
 
   void update(int32_t base, const std::vector<BaseTuple>& base_groups, const MixTuple& mix, bool looked, bool check,
-              double max_grad_norm, const Tensor& report, const ScalingTuple& scaling) {
+              double max_grad_norm, const Tensor& report, const ScalingTuple& scaling,
+              const std::optional<AverageTuple>& average) {
+    TORCH_CHECK(!average, "averages are not folded into the update yet");
     const auto& [kind, scope, min_sine, alpha, weights] = mix;
     UpdateOptions options;
     options.base = static_cast<Base>(base);
@@ -601,5 +605,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::arg("renormalise") = false)
       .def("restore", &Plan::restore)
       .def("update", &Plan::update, py::arg("base"), py::arg("groups"), py::arg("mix"), py::arg("looked"),
-           py::arg("check"), py::arg("max_grad_norm"), py::arg("report"), py::arg("scaling") = samkern::ScalingTuple());
+           py::arg("check"), py::arg("max_grad_norm"), py::arg("report"), py::arg("scaling") = samkern::ScalingTuple(),
+           py::arg("average") = std::nullopt);
 }

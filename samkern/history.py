@@ -163,7 +163,7 @@ class History:
         opt, group = self._optimizer, self._optimizer.param_groups[0]
         keeps = opt.reuse is not None and opt.reuse.keeps
         decision = Decision.PLAIN if step.reuses and not keeps else step.decision
-        radius = opt.radius if opt.learned is not None else opt.options(group)["rho"]
+        radius = opt.radius if opt.learned is not None else opt.options(group)[opt.perturbation.radius]
         rate = getattr(opt.schedule, "rate", None)
         return {
             "step": opt.steps - 1,

@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class Climb(IntEnum):
-    """How a group is perturbed: ``eps = scale * direction``."""
+    """How a group is perturbed: ``eps = scale * direction``. The last two: along noise, by the norms of its own weights."""
 
-    EUCLIDEAN, SIGN, ELEMENT, FILTER, LAYER, LARS, LAYER_SIGN, TRUST = range(8)
+    EUCLIDEAN, SIGN, ELEMENT, FILTER, LAYER, LARS, LAYER_SIGN, TRUST, NOISE_FILTER, NOISE_TENSOR = range(10)
 
 
 class Mix(IntEnum):
@@ -64,12 +64,6 @@ def host_and_device(value: float | Tensor) -> tuple[float, Tensor | None]:
     return float(value), None
 
 
-def perturbs(rho: float | Tensor) -> bool:
-    """Whether a group with this radius is perturbed; one that only the GPU knows counts as positive."""
-    host, on_device = host_and_device(rho)
-    return on_device is not None or host > 0
-
-
 class ClimbGroup(NamedTuple):
     """How one param group is perturbed. ``rho = 0``: not at all. ``rho_on_device``, if given, wins over ``rho``."""
 
@@ -89,6 +83,27 @@ class ClimbGroup(NamedTuple):
     def perturbs(self) -> bool:
         """Whether the group is perturbed."""
         return self.rho_on_device is not None or self.rho > 0
+
+
+class Noise(NamedTuple):
+    """Which normal numbers perturb the weights: see ``reference_noise.normals``. ``rho`` of a group is their std."""
+
+    seed: int
+    t: int
+    draw: int = 0
+
+
+class AverageOptions(NamedTuple):
+    """How an update takes its weights into their average: ``avg += k (w - avg)``, m of them being in it already.
+
+    ``taken``: m, int64 of shape (1,) on their device, counted up unless the step is skipped. ``decay``: None for
+    ``k = 1 / (m + 1)``, the mean of all; else ``k = 1 - decay``, of an exponential average, after the first (k = 1).
+    ``warmup``: the decay is at most ``(1 + m) / (10 + m)``.
+    """
+
+    taken: Tensor
+    decay: float | None = None
+    warmup: bool = False
 
 
 class MixOptions(NamedTuple):

@@ -50,6 +50,15 @@ def _rounds(x: tuple[T, T, T, T], seed: int) -> tuple[T, T, T, T]:
     return x0, x1, x2, x3
 
 
+def noise_words(q: Tensor, t: int, draw: int, seed: int) -> Tensor:
+    """Four words for each block ``q`` (int64) of four entries of a list: those of its noise at step ``t``, draw ``draw``.
+
+    >>> samkern.philox.noise_words(torch.arange(2), t=0, draw=0, seed=0).shape
+    torch.Size([2, 4])
+    """
+    return words(q & _LOW, q >> 32, t, draw * 256 + 1, seed)
+
+
 def growth_keys(n: int, t: int, seed: int, device: torch.device | None = None) -> Tensor:
     """The random keys of ``n`` entries of a list by which step ``t`` grows a mask: int64, 32 bits each."""
     q = torch.arange((n + 3) // 4, dtype=torch.int64, device=device)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .backends import native
-from .options import UNSCALED, Base, BaseGroup, ClimbGroup, Held, MixOptions, Scaling
+from .options import UNSCALED, AverageOptions, Base, BaseGroup, ClimbGroup, Held, MixOptions, Noise, Scaling
 from .reference_plan import ReferencePlan
 from .sharded_plan import ShardedPlan
 from .shards import is_sharded
@@ -140,6 +140,22 @@ class TensorPlan(Protocol):
         require a gradient stay too. In ``report``, GRAD_NORM is 0.
         """
 
+    def perturb_by_noise(self, climbs: Sequence[ClimbGroup], report: Tensor, noise: Noise) -> None:
+        """First half-step of a method whose only pass is at ``w + noise``: climbs are NOISE_FILTER or NOISE_TENSOR, and
+        ``rho`` is the std. Parameters that do not require a gradient stay as they are; ``p.grad`` stays. The flat index of
+        an entry counts all parameters of the plan.
+
+        While weights are perturbed by noise already, another draw takes its place: it starts from the saved weights, with
+        their norms. In ``report``, norms are 0.
+        """
+
+    def bind_average(self, index: int, average: Tensor | None) -> None:
+        """Gives parameter ``index`` its average, in its layout and the dtype of its arithmetic. ``None``: has none.
+
+        Raises:
+            ValueError: it does not fit the parameter.
+        """
+
     def restore(self) -> None:
         """Undoes a perturbation: weights bitwise, and gradients if ``perturb`` has kept them."""
 
@@ -153,10 +169,13 @@ class TensorPlan(Protocol):
         max_grad_norm: float,
         report: Tensor,
         scaling: Scaling = UNSCALED,
+        average: AverageOptions | None = None,
     ) -> None:
         """Second half-step. ``max_grad_norm = 0``: no clipping. Writes all of ``report`` unless ``looked``.
 
         ``scaling`` is that of both gradients. A step that ``found_inf`` flags is skipped, whatever ``check`` says.
+        ``average``: takes the new weights, as they are stored, into the averages that are bound, also of parameters without a
+        gradient. Only with a fused ``base``.
         """
 
 

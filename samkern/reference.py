@@ -336,6 +336,28 @@ def update_adamw(
     update_adam(w, u, exp_avg, exp_avg_sq, step, decoupled=True, **options)
 
 
+def average_gain(taken: Tensor, decay: float | None, warmup: bool = False) -> Tensor:
+    """``k`` in ``avg += k (w - avg)``, m = ``taken`` weights being in it: 1 for the first, else ``1 / (m + 1)`` or
+    ``1 - decay``, with ``warmup`` of at most ``(1 + m) / (10 + m)``. 0-d float64.
+    """
+    m = taken.double().squeeze()
+    if decay is None:
+        return 1 / (m + 1)
+    bound = ((1 + m) / (10 + m)).clamp(max=decay) if warmup else torch.full_like(m, decay)
+    return torch.where(m == 0, 1.0, 1 - bound)
+
+
+def average(avg: Sequence[Tensor], w: Sequence[Tensor], gain: Tensor, *, skip: Tensor | None = None) -> None:
+    """``avg += gain (w - avg)``; of gain 1, ``avg = w``. If ``skip`` is true, nothing is written.
+
+    ``avg`` has the dtype of the arithmetic with ``w``. Izmailov et al. 2018 (arXiv 1803.05407), algorithm 1.
+    """
+    for mean, x in zip(avg, w, strict=True):
+        value = x.to(mean.dtype)
+        moved = torch.where(gain == 1, value, mean + gain.to(mean.dtype) * (value - mean))
+        mean.copy_(moved if skip is None else torch.where(skip, mean, moved))
+
+
 def _start(x: Tensor, i: int, parts: Parts) -> Tensor:
     saved = parts.get("saved")
     return (saved[i] if saved else x).to(math_dtype(x.dtype))

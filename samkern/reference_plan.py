@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +12,23 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .options import UNSCALED, Base, BaseGroup, Climb, ClimbGroup, Held, Mix, MixOptions, Report, Scaling, Scope
-from .tensors import DTYPES, describe, overlaps_itself
+from .options import (
+    UNSCALED,
+    AverageOptions,
+    Base,
+    BaseGroup,
+    Climb,
+    ClimbGroup,
+    Held,
+    Mix,
+    MixOptions,
+    Noise,
+    Report,
+    Scaling,
+    Scope,
+)
+from .reference_noise import gaussian_perturb
+from .tensors import DTYPES, describe, overlaps_itself, same_layout
 
 _DIRECTION = {
     Climb.SIGN: "sign",
@@ -20,6 +36,7 @@ _DIRECTION = {
     Climb.ELEMENT: "element",
     Climb.FILTER: "filter",
 }
+_NOISE = {Climb.NOISE_FILTER: "filter", Climb.NOISE_TENSOR: "tensor"}
 _WEIGHTING = {Climb.ELEMENT: "element", Climb.FILTER: "filter", Climb.LAYER: "layer"}
 
 
@@ -40,6 +57,7 @@ class ReferencePlan:
         self._cache_norm, self._fresh, self._skips = cache_norm, fresh, skips
         self._cache: dict[int, Tensor] = {}
         self._mask: dict[int, Tensor] = {}
+        self._average: dict[int, Tensor] = {}
         self._saved: dict[int, Tensor] = {}
         self._first: dict[int, Tensor] = {}
         self._layouts = _layouts(params)
@@ -121,6 +139,50 @@ class ReferencePlan:
         report[Report.GRAD_NORM] = 0
         self._climb_all(momentum, -scale, climbs, report)
 
+    def perturb_by_noise(self, climbs: Sequence[ClimbGroup], report: Tensor, noise: Noise) -> None:
+        report.zero_()
+        report[Report.REALISED_SHARE] = math.nan
+        another = self.perturbed
+        chosen = [i for i, p in enumerate(self._params) if p.requires_grad and climbs[self._group[i]].perturbs]
+        if not another:
+            self._saved = {i: self._params[i].detach().clone() for i in chosen}
+            self.perturbed = True
+        sums = self._zeros(1)[0]
+        for i, saved in self._saved.items():
+            sums[i] = reference.norms([saved])[0, 0]
+        finite = reference.finite(sums[:-1], self._params)
+        report[Report.SKIPPED_FIRST] = (~finite).double()
+        moved_sq, moved_eps, eps_sq = report.new_zeros(3)
+        flat = [0, *itertools.accumulate(p.numel() for p in self._params)]
+        for i, saved in self._saved.items():
+            group = climbs[self._group[i]]
+            options: dict[str, Any] = {"first": flat[i], "mask": self._mask.get(i), "from_saved": True}
+            options |= {**noise._asdict(), "scale": _NOISE[group.climb]}
+            std = torch.where(finite, group.rho, 0.0)
+            p = self._params[i].detach()
+            gaussian_perturb([p], [saved], std, **options)  # type: ignore[arg-type]
+            if saved.element_size() == 2:
+                before, climbed = saved.float(), saved.float()
+                gaussian_perturb([climbed], [before], std, **options)  # type: ignore[arg-type]
+                moved, eps = (p.float() - before).double(), (climbed - before).double()
+                moved_sq = moved_sq + (moved * moved).sum()
+                moved_eps = moved_eps + (moved * eps).sum()
+                eps_sq = eps_sq + (eps * eps).sum()
+        report[Report.REALISED_NORM], report[Report.REALISED_SHARE] = moved_sq.sqrt(), moved_eps / eps_sq
+
+    def bind_average(self, index: int, average: Tensor | None) -> None:
+        if average is None:
+            self._average.pop(index, None)
+            return
+        p = self._params[index]
+        dtype = reference.math_dtype(p.dtype)
+        if average.dtype != dtype or average.device != p.device or not same_layout(average, p):
+            raise ValueError(
+                f"the average of parameter {index} must be {dtype} of shape {tuple(p.shape)} with strides {p.stride()} on "
+                f"{p.device}, got {average.dtype} {tuple(average.shape)} {average.stride()} on {average.device}"
+            )
+        self._average[index] = average
+
     def _climb_all(
         self, directions: dict[int, Tensor], scale: Tensor, climbs: Sequence[ClimbGroup], report: Tensor
     ) -> None:
@@ -149,6 +211,7 @@ class ReferencePlan:
         max_grad_norm: float,
         report: Tensor,
         scaling: Scaling = UNSCALED,
+        average: AverageOptions | None = None,
     ) -> None:
         grads = self._gradients()
         if not looked:
@@ -182,6 +245,11 @@ class ReferencePlan:
         elif undone is not None:
             gain = gain * undone
         self._step(base, groups, self._added(mix.mix, grads), grads, gain, coeff, clip, skip, undone)
+        if average is not None:
+            gain = reference.average_gain(*average)
+            weights = [self._params[i].detach() for i in self._average]
+            reference.average(list(self._average.values()), weights, gain, skip=skip)
+            average.taken.add_(~skip)
         self._finish()
 
     # ---- the pieces, in the order in which the half-steps use them

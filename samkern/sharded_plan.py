@@ -10,7 +10,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .options import UNSCALED, Base, BaseGroup, Climb, ClimbGroup, Held, Mix, MixOptions, Report, Scaling, Scope
+from .options import (
+    UNSCALED,
+    AverageOptions,
+    Base,
+    BaseGroup,
+    Climb,
+    ClimbGroup,
+    Held,
+    Mix,
+    MixOptions,
+    Noise,
+    Report,
+    Scaling,
+    Scope,
+)
 from .reference import kept_cache_norm
 from .shards import Shards, in_place_of, is_cut_along, is_sharded, local
 
@@ -127,6 +141,12 @@ class ShardedPlan:
             part.requires_grad_(p.requires_grad)
         self._inner.perturb_along_momentum(climbs, report, renormalise)
 
+    def perturb_by_noise(self, climbs: Sequence[ClimbGroup], report: Tensor, noise: Noise) -> None:
+        raise NotImplementedError("noise by the place of an entry in the whole tensors")
+
+    def bind_average(self, index: int, average: Tensor | None) -> None:
+        self._inner.bind_average(index, None if average is None else local(average))
+
     def restore(self) -> None:
         if not self.perturbed:
             return
@@ -146,13 +166,14 @@ class ShardedPlan:
         max_grad_norm: float,
         report: Tensor,
         scaling: Scaling = UNSCALED,
+        average: AverageOptions | None = None,
     ) -> None:
         self._climbs = ()
         self._lend()
         before = self._cache_norm.clone()
         # Whether a cache is rounding residue is to be seen by all of it.
         local_mix = mix._replace(min_sine=0.0) if mix.mix.fills_cache else mix
-        self._inner.update(base, groups, local_mix, looked, check, max_grad_norm, report, scaling)
+        self._inner.update(base, groups, local_mix, looked, check, max_grad_norm, report, scaling, average)
         if mix.mix.fills_cache:
             self._add_up_cache(before, mix, (report[Report.SKIPPED_FIRST :] != 0).any())
         for p, part in zip(self._params, self._parts, strict=True):

@@ -313,7 +313,7 @@ def test_how_it_must_be_called(backend):
         opt.first_step()
     with pytest.raises(RuntimeError, match=r"second_step\(\) without first_step\(\)"):
         opt.second_step()
-    with pytest.raises(ValueError, match="do not go with a perturbation before the only pass"):
+    with pytest.raises(ValueError, match="do not go with a perturbation along the momentum"):
         opt.step([lambda: None, lambda: None])
     with opt.perturbed():
         closure_for(net, 0, opt.zero_grad)()

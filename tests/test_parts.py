@@ -236,7 +236,7 @@ REFUSED = {
     "a schedule that judges gradients": lambda p: samkern.AESAM(p, SGD, lr=0.1, total_steps=10),
     "a mask that is chosen by gradients": lambda p: samkern.SSAMD(p, SGD, lr=0.1, total_steps=10),
     "a mask that is chosen": lambda p: samkern.SSAMF(p, SGD, lr=0.1, fisher="batch"),
-    "a perturbation before the only pass": lambda p: samkern.MSAM(p, SGD, lr=0.1, momentum=0.9),
+    "a perturbation along the momentum": lambda p: samkern.MSAM(p, SGD, lr=0.1, momentum=0.9),
     "capturable=True": lambda p: samkern.SAM(p, SGD, lr=0.1, capturable=True),
     "a schedule that": lambda p: SharpnessAware(p, SGD, lr=0.1, schedule=samkern.optim.Budget()),
 }

@@ -13,6 +13,7 @@ not supported; each names the list and the index. Nothing has been written then.
 """
 
 from .masks import drop_grow_mask, fisher_accumulate, grow_mask, random_mask, topk_mask
+from .noise import gaussian_perturb
 from .passes import (
     combine,
     decompose,
@@ -31,6 +32,7 @@ __all__ = [
     "difference_dot",
     "drop_grow_mask",
     "fisher_accumulate",
+    "gaussian_perturb",
     "grow_mask",
     "norms",
     "perturb",

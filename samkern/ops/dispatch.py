@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference, reference_masks
+from .. import reference, reference_masks, reference_noise
 from ..backends import native, resolve
 from ..bitmask import BitMask
 from ..tensors import DTYPES, is_dense, overlaps_itself, same_layout
@@ -33,7 +33,8 @@ def implementation(
         launched: Callable[..., Any] = getattr(kernels, name)
         return launched
     if resolved not in ("cpu", "cuda") or native is None:
-        function: Callable[..., Any] = getattr(reference if hasattr(reference, name) else reference_masks, name)
+        modules = (reference, reference_masks, reference_noise)
+        function: Callable[..., Any] = next(getattr(module, name) for module in modules if hasattr(module, name))
         return function
     if name in _TRACED and torch.compiler.is_compiling():
         return functools.partial(_with_numbers_as_tensors, *_TRACED[name])
@@ -79,6 +80,26 @@ def check_mask(mask: BitMask, like: Tensors) -> None:
         raise ValueError(f"mask is over other tensors: it has {what}, expected {expected}")
     if like and mask.bits.device != like[0].device:
         raise ValueError(f"mask is on {mask.bits.device}, expected {like[0].device}; move it by mask.to(device)")
+
+
+def bits_like(mask: BitMask | None, like: Tensors) -> Tensor | None:
+    """The bits of a mask in the order of the memory of ``like``, as kernels read them."""
+    if mask is None:
+        return None
+    check_mask(mask, like)
+    return torch.cat(mask.in_layout_of(like)) if like and not all(x.is_contiguous() for x in like) else mask.bits
+
+
+def check_counts(**counts: int) -> None:
+    """Raises ``ValueError`` unless they are integers >= 0 that a kernel can take."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << (32 if name == "t" else 63):
+            raise ValueError(f"{name} must be an integer >= 0{' and < 2^32' if name == 't' else ''}, got {value!r}")
+
+
+def signed(seed: int) -> int:
+    """The same 64 bits as the int64 that a schema takes."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def check_same_dtypes(saved: Tensors, w: Tensors) -> None:

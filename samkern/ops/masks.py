@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..bitmask import BitMask
 from ..shards import locals_of
-from .dispatch import Tensors, check_mask, implementation, row_major
+from .dispatch import Tensors, check_counts, check_mask, implementation, row_major, signed
 
 
 @torch.no_grad()
@@ -88,11 +88,11 @@ def drop_grow_mask(
     [tensor([False,  True,  True])]
     """
     check_mask(mask, g)
-    _check_counts(n=n, t=t)
+    check_counts(n=n, t=t)
     rows = row_major(g)
     if rows:
         run = implementation("drop_grow_mask", backend, reads={"g": rows}, writes={})
-        run(mask.bits, rows, n=n, seed=_signed(seed), t=t, drops=True, regrow=regrow, skip=skip)
+        run(mask.bits, rows, n=n, seed=signed(seed), t=t, drops=True, regrow=regrow, skip=skip)
 
 
 @torch.no_grad()
@@ -110,12 +110,12 @@ def grow_mask(mask: BitMask, like: Tensors, n: int, *, seed: int = 0, t: int = 0
     3
     """
     check_mask(mask, like)
-    _check_counts(n=n, t=t)
+    check_counts(n=n, t=t)
     # What is not row-major need not be copied for its shape.
     rows = [x.new_empty(x.shape) if x.layout == torch.strided and not x.is_contiguous() else x for x in like]
     if rows:
         run = implementation("drop_grow_mask", backend, reads={"like": rows}, writes={})
-        run(mask.bits, rows, n=n, seed=_signed(seed), t=t, drops=False)
+        run(mask.bits, rows, n=n, seed=signed(seed), t=t, drops=False)
 
 
 def random_mask(like: Tensors, k: int, *, seed: int = 0, t: int = 0, backend: str | None = None) -> BitMask:
@@ -134,7 +134,7 @@ def random_mask(like: Tensors, k: int, *, seed: int = 0, t: int = 0, backend: st
     56
     """
     n = sum(x.numel() for x in like)
-    _check_counts(k=k)
+    check_counts(k=k)
     if k > n:
         raise ValueError(f"k must be at most the number of entries, {n}, got {k}")
     mask = BitMask.zeros(like)
@@ -171,14 +171,3 @@ def fisher_accumulate(
     f, g = locals_of(f), locals_of(g)
     run = implementation("fisher_accumulate", backend, reads={"g": g}, writes={"f": f})
     run(list(f), list(g), keep=keep, gain=gain, scale=scale, skip=skip)
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << (32 if name == "t" else 63):
-            raise ValueError(f"{name} must be an integer >= 0{' and < 2^32' if name == 't' else ''}, got {value!r}")
-
-
-def _signed(seed: int) -> int:
-    """The same 64 bits as the int64 that a schema takes."""
-    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -15,7 +15,7 @@ from ..bitmask import BitMask
 from ..reference import CLIMBS, WEIGHTINGS, Parts
 from ..shards import Shards, locals_of
 from ..tensors import is_dense
-from .dispatch import Tensors, check_mask, check_same_dtypes, implementation
+from .dispatch import Tensors, bits_like, check_same_dtypes, implementation
 
 _DIRECTION = {"sign": "sign", "layer_sign": "sign", "element": "element", "filter": "filter"}
 _WEIGHTING = {"element": "element", "filter": "filter", "layer": "layer"}
@@ -58,7 +58,7 @@ def norms(
     shards = Shards(a)
     a, b, w = _dense(locals_of(a)), locals_of(b), _dense(locals_of(w))
     run = implementation("norms", backend, reads={"a": a, **_given(b=b, w=w)}, writes={})
-    sums: Tensor = run(list(a), list(b), list(w), weighting=weighting, eta=eta, mask=_bits(mask, w or a))
+    sums: Tensor = run(list(a), list(b), list(w), weighting=weighting, eta=eta, mask=bits_like(mask, w or a))
     shards.add_up_with_total(sums)
     return sums
 
@@ -146,7 +146,7 @@ def perturb(
     scale = reference.climb_scale(mode, rho, ww[:-1], tt[:-1], tt[-1].sqrt(), eta=eta, trust_clip=trust_clip)
     scale = torch.where(finite, scale, math.nan)
     direction = _DIRECTION.get(mode, "gradient")
-    run(list(w), list(g), list(saved), scale, direction=direction, eta=eta, mask=_bits(mask, w))
+    run(list(w), list(g), list(saved), scale, direction=direction, eta=eta, mask=bits_like(mask, w))
     return sums
 
 
@@ -312,14 +312,6 @@ def _given(**lists: Tensors) -> dict[str, Tensors]:
 def _dense(tensors: Tensors) -> Tensors:
     """The list that lays out a call that writes nothing: what has gaps or overlaps itself (an expanded gradient) is copied."""
     return [x if x.layout != torch.strided or is_dense(x) else x.contiguous() for x in tensors]
-
-
-def _bits(mask: BitMask | None, like: Tensors) -> Tensor | None:
-    """The bits of a mask in the order of the memory of ``like``, as kernels read them."""
-    if mask is None:
-        return None
-    check_mask(mask, like)
-    return torch.cat(mask.in_layout_of(like)) if like and not all(x.is_contiguous() for x in like) else mask.bits
 
 
 def _update(

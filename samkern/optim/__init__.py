@@ -3,13 +3,15 @@
 from .aesam import AESAM, AELookSAM
 from .arsam import ARSAM
 from .budget import Budget
+from .companion import Companion, RunningAverage
 from .engine import SharpnessAware
 from .lets import LETSASAM, LETSSAM
 from .looksam import LookLayerSAM, LookSAM
+from .lpf import LPFSGD
 from .mask import DynamicMask, FisherMask, Mask
 from .memory import Memory
 from .msam import MSAM
-from .perturbation import Adaptive, Elementwise, Euclidean, Filterwise, Layerwise, Momentum, Perturbation
+from .perturbation import Adaptive, Elementwise, Euclidean, Filterwise, Gaussian, Layerwise, Momentum, Perturbation
 from .radius import LearnedRadius
 from .record import StepRecord
 from .reuse import Blend, Difference, Looking, OrthogonalPart, Reuse
@@ -25,6 +27,7 @@ __all__ = [
     "GRST",
     "LETSASAM",
     "LETSSAM",
+    "LPFSGD",
     "MSAM",
     "RST",
     "SAM",
@@ -36,6 +39,7 @@ __all__ = [
     "Bernoulli",
     "Blend",
     "Budget",
+    "Companion",
     "Decision",
     "Difference",
     "DynamicMask",
@@ -44,6 +48,7 @@ __all__ = [
     "EveryK",
     "Filterwise",
     "FisherMask",
+    "Gaussian",
     "GradientNorm",
     "Layerwise",
     "LearnedRadius",
@@ -58,6 +63,7 @@ __all__ = [
     "Outcome",
     "Perturbation",
     "Reuse",
+    "RunningAverage",
     "SAMk",
     "Schedule",
     "SharpnessAware",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import fit
 from .base import make_base
 from .checks import at_least, one_of
+from .companion import Companion
 from .explain import explain
 from .keeper import PlanKeeper, parameters_of
 from .loop import StepLoop
@@ -147,7 +148,7 @@ class SharpnessAware(StepLoop):
         }
         self.learned = radius if isinstance(radius, LearnedRadius) else None
         if radius is not None:
-            options["rho"] = radius.initial if isinstance(radius, LearnedRadius) else radius
+            options[self.perturbation.radius] = radius.initial if isinstance(radius, LearnedRadius) else radius
         base = make_base(params, base, base_options)
         self._keeper = PlanKeeper(base, backend, cache_dtype)
         self._masking = Masking(mask, self._keeper) if mask is not None else None
@@ -160,8 +161,26 @@ class SharpnessAware(StepLoop):
 
     @property
     def radius(self) -> float | Tensor:
-        """The learned radius, a 0-d tensor; without one, the default ``rho`` of the groups."""
-        return self.learned.rho if self.learned is not None else self.defaults[self.key("rho")]
+        """The learned radius, a 0-d tensor; without one, the default ``rho`` (of noise, ``std``) of the groups."""
+        return self.learned.rho if self.learned is not None else self.defaults[self.key(self.perturbation.radius)]
+
+    def attach(self, companion: Companion) -> None:
+        """Lets ``companion`` take part in the steps from now on. It is neither saved nor copied with the optimizer.
+
+        Raises:
+            ValueError: it does not go with the choices, or is attached already.
+            RuntimeError: a step is under way.
+        """
+        self.require_idle("attach()")
+        if companion in self._companions:
+            raise ValueError(f"this {type(companion).__name__} is attached already")
+        companion.check(self)
+        self._companions = (*self._companions, companion)
+
+    def detach(self, companion: Companion) -> None:
+        """Ends that. One that is not attached is ignored."""
+        self.require_idle("detach()")
+        self._companions = tuple(x for x in self._companions if x is not companion)
 
     @property
     def steps(self) -> int:
@@ -237,7 +256,11 @@ class SharpnessAware(StepLoop):
         """
         if self.learned is not None:
             self.learned.attach(self.param_groups, self.key("rho"), self._keeper.kept.skips.device)
-        if not self.capturable or self._keeper.resolved() not in ("cuda", "triton"):
+        if (
+            not self.capturable
+            or self.perturbation.noise(0, 0) is not None
+            or self._keeper.resolved() not in ("cuda", "triton")
+        ):
             return
         device = self._keeper.kept.skips.device
         for group in self.param_groups:

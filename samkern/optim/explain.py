@@ -20,6 +20,8 @@ _FORMULAS = {
     Climb.LAYER: "eps = rho T^2 g / norm(T g), T = norm(w_i) + eta",
     Climb.LARS: "eps = rho norm(w_i) g_i / norm(g_i)",
     Climb.LAYER_SIGN: "eps = rho norm(w_i) / norm(g_i) sign(g_i)",
+    Climb.NOISE_FILTER: "eps = std norm(w_f) z, z normal",
+    Climb.NOISE_TENSOR: "eps = std norm(w_i) z, z normal",
     Climb.TRUST: "eps = rho min(norm(w_i) / norm(g_i), trust_clip) g_i / norm(g)",
 }
 
@@ -52,9 +54,10 @@ def _passes(opt: SharpnessAware, keeper: PlanKeeper) -> list[str]:
 def _group(opt: SharpnessAware, index: int, group: dict[str, Any]) -> str:
     numel = sum(p.numel() for p in group["params"])
     climb = opt.perturbation.climb(opt.options(group))
-    rho = "a tensor" if climb.rho_on_device is not None else f"{climb.rho:g}"
-    how = f"rho = {rho}, {_FORMULAS[climb.climb]}" if climb.perturbs else "not perturbed (rho = 0)"
-    if opt.perturbation.before_pass and climb.perturbs:
+    radius = opt.perturbation.radius
+    value = "a tensor" if climb.rho_on_device is not None else f"{climb.rho:g}"
+    how = f"{radius} = {value}, {_FORMULAS[climb.climb]}" if climb.perturbs else f"not perturbed ({radius} = 0)"
+    if opt.perturbation.along_momentum and climb.perturbs:
         how += ", g the negative momentum"
     if opt.learned is not None and climb.perturbs:
         how += ", learned"

@@ -67,7 +67,10 @@ def _check_before_pass(opt: StepLoop) -> None:
         )
     if judges_gradients(opt):
         raise ValueError(f"{type(opt.mask).__name__} chooses by a gradient, and {name} climbs before there is one")
-    check_momentum(opt, [opt.perturbation.climb(opt.options(group)) for group in opt.param_groups])
+    if opt.perturbation.along_momentum:
+        check_momentum(opt, [opt.perturbation.climb(opt.options(group)) for group in opt.param_groups])
+    if opt.capturable and not opt.perturbation.along_momentum:
+        raise ValueError(f"capturable=True does not go with {name}: every replay would draw the same noise")
 
 
 def check_momentum(opt: StepLoop, climbs: Sequence[ClimbGroup]) -> None:
@@ -90,6 +93,11 @@ def _check_sharded(opt: StepLoop) -> None:
         )
     if opt.capturable:
         raise ValueError("capturable=True does not go with sharded parameters, whose gradients move")
+    if opt.perturbation.noise(0, 0) is not None:
+        raise ValueError(
+            f"{type(opt.perturbation).__name__} does not go with sharded parameters: its noise goes by the place of an entry "
+            "in the whole tensors; use DistributedDataParallel"
+        )
     if isinstance(opt.mask, DynamicMask):
         raise ValueError("DynamicMask does not go with sharded parameters; use FisherMask")
 
@@ -171,7 +179,7 @@ def check_closures(opt: StepLoop, closure: Any, val_closure: Any) -> None:
 
 def _check_parts(opt: StepLoop) -> None:
     reasons = {
-        "a perturbation before the only pass": opt.perturbation.before_pass,
+        "a perturbation along the momentum": not opt.perturbation.takes_parts,
         "a reuse, which keeps gradients": opt.reuse is not None and opt.reuse.keeps,
         "a schedule that judges gradients": opt.schedule.reads_gradients or opt.schedule.wants_change,
         "a mask that is chosen by gradients": judges_gradients(opt),

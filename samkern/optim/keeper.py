@@ -12,13 +12,14 @@ from torch.optim import Optimizer
 
 from .. import backends
 from ..bitmask import BitMask
-from ..options import Held
+from ..options import AverageOptions, Held
 from ..plan import Kept, TensorPlan, make_plan
 from ..reference import mask_bytes, math_dtype
 from ..sharded_plan import ShardedPlan
 from ..shards import is_sharded, like, local, locals_of, spread_as
 from ..tensors import check_parameters, is_capturing, is_dense
 from .base import FusedRule, fitted, fused_rule
+from .companion import RunningAverage
 
 
 def parameters_of(base: Optimizer) -> list[Tensor]:
@@ -66,14 +67,15 @@ class PlanKeeper:
         self.kept = Kept(params)
         self._plan: TensorPlan | None = None
         self._bound_masks: dict[Tensor, Tensor] = {}
+        self._bound_average: RunningAverage | None = None
         self._resolved = ""
         self._rule: FusedRule | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None, "_bound_masks": {}}
+        return {**self.__dict__, "_plan": None, "_bound_masks": {}, "_bound_average": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"_bound_masks": {}, **state})
+        self.__dict__.update({"_bound_masks": {}, "_bound_average": None, **state})
 
     def resolved(self) -> str:
         """Name of the backend for the device on which the parameters are now."""
@@ -97,6 +99,14 @@ class PlanKeeper:
         """Sees to it that every process has the same part of a gradient as of its parameter, for whoever reads both."""
         if isinstance(self._plan, ShardedPlan):
             self._plan.place_gradients()
+
+    def bind_average(self, plan: TensorPlan, average: RunningAverage) -> AverageOptions | None:
+        """Tells the plan where the averages of its parameters are. Returns how the weights are taken in."""
+        if self._bound_average is not average:
+            for i, x in enumerate(average.tensors(self.kept.params)):
+                plan.bind_average(i, x)
+            self._bound_average = average
+        return average.due()
 
     def restore(self) -> None:
         """Undoes a perturbation, if there is one."""
@@ -251,7 +261,7 @@ class PlanKeeper:
         group_of = [i for i, group in enumerate(self.base.param_groups) for _ in group["params"]]
         plan = make_plan("reference" if self._is_reference(resolved) else resolved, params, group_of, self.kept)
         self._bind(plan, fused_rule(self.base)[0])
-        self._plan, self._resolved = plan, resolved
+        self._plan, self._resolved, self._bound_average = plan, resolved, None
         self.bind_masks()
         return plan
 

@@ -27,6 +27,7 @@ from .around import OptimizerAround
 from .base import fused_rule
 from .change import Change
 from .checks import one_number_on
+from .companion import Companion, RunningAverage
 from .eager import eager
 from .fixed_gradients import FixedGradients
 from .gradients import GradientMean, norm_sq, own
@@ -51,6 +52,7 @@ class StepLoop(OptimizerAround):
     # Not pickled or copied: what belongs to the process, or to a step under way.
     _TRANSIENT = frozenset(
         {
+            *("_companions", "_n_passed"),
             *("_change", "_pending", "_passed", "_until_done", "_fixed", "_mean", "_loss_scale", "_unreduced"),
             *("last_step", "grad_scale", "found_inf"),
         }
@@ -85,6 +87,8 @@ class StepLoop(OptimizerAround):
     _change: Change
     _pending: StepRecord | None  # a step under way
     _passed: StepRecord | None  # what perturbed() leaves for step()
+    _n_passed = 0  # how many such blocks there have been
+    _companions: tuple[Companion, ...] = ()
     _mean: GradientMean | None = None  # of several closures, while they are evaluated
 
     @torch.no_grad()
@@ -165,10 +169,10 @@ class StepLoop(OptimizerAround):
 
     def _step(self, closure: Closure | Sequence[Closure], val_closure: Closure | None) -> Any:
         closures = [closure] if callable(closure) else list(closure)
+        if self.perturbation.before_pass:
+            return self._step_before_pass(closures)
         if len(closures) > 1:
             return self._step_of_parts(closures)
-        if self.perturbation.before_pass:
-            return self._step_before_pass(closures[0])
         loss = self._step_of_one(closures[0])
         if self.learned is not None and self.learned.is_ready and val_closure is not None:
             self._learn(self.learned, closures[0], val_closure)
@@ -233,7 +237,7 @@ class StepLoop(OptimizerAround):
             raise
         finally:
             self._mean = None
-        return None if any(loss is None for loss in losses) else sum(losses) / len(losses)
+        return _mean_of(losses)
 
     def _blend(self) -> list[float] | None:
         """The share of the second gradient in what a look gives each parameter; None: it is all."""
@@ -245,15 +249,30 @@ class StepLoop(OptimizerAround):
             return None
         return [share for share, group in zip(mix.alpha, groups, strict=True) for _ in group["params"]]
 
-    def _step_before_pass(self, closure: Closure) -> Any:
+    def _step_before_pass(self, closures: Sequence[Closure]) -> Any:
+        """Each closure, or each of several calls of a single one, has a perturbation of its own."""
+        params, n_closures = parameters_of(self.base), len(closures)
+        calls = list(closures) * (self.perturbation.draws if n_closures == 1 else 1)
+        mean = GradientMean(params, len(calls)) if len(calls) > 1 else None
+        losses = []
+        self._mean = mean
         try:
-            self._climb_before_pass()
-            loss = _evaluate(closure)
+            for draw, closure in enumerate(calls):
+                self._climb_before_pass(draw, self._pending)
+                losses.append(_evaluate(closure))
+                if mean is not None:
+                    self._keeper.place_gradients()
+                    mean.add([None] * len(params), None)
+            if mean is not None and self._pending is not None:
+                mean.put()
+                self._pending = replace(self._pending, evaluations=len(calls) // n_closures, parts=len(calls))
             self.second_step()
         except BaseException:
             self.restore()
             raise
-        return loss
+        finally:
+            self._mean = None
+        return _mean_of(losses)
 
     def _step_after_first(self, scaler: GradScaler | None) -> None:
         try:
@@ -379,7 +398,7 @@ class StepLoop(OptimizerAround):
         self.require_idle("perturbed()")
         try:
             with torch.no_grad():
-                self._climb_before_pass(self._passed)
+                self._climb_before_pass(self._n_passed, self._passed)
             record = self._pending
             yield
             with torch.no_grad():
@@ -388,7 +407,7 @@ class StepLoop(OptimizerAround):
         except BaseException:
             self.restore()
             raise
-        self._passed = record
+        self._passed, self._n_passed = record, self._n_passed + 1
 
     @eager
     @torch.no_grad()
@@ -404,12 +423,17 @@ class StepLoop(OptimizerAround):
         if self.learned is not None:
             self.learned.forget()
         self._loss_scale.let_go()
-        self._passed = None
+        self._passed, self._n_passed = None, 0
         self._finish()
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Our options of each group, by their plain names, with its parameters."""
-        return [{**self.options(group), "params": group["params"]} for group in self.param_groups]
+        """Our options of each group, by their plain names, with its parameters and whether it is perturbed at all."""
+        groups = []
+        for group in self.param_groups:
+            options = self.options(group)
+            perturbed = self.perturbation.climb(options).perturbs
+            groups.append({**options, "params": group["params"], "perturbed": perturbed})
+        return groups
 
     @eager
     def _first_half(self, keep: bool) -> bool:
@@ -460,20 +484,29 @@ class StepLoop(OptimizerAround):
             self._until_done.enter_context(frozen_running_stats(self.model))
 
     @eager
-    def _climb_before_pass(self, passed: StepRecord | None = None) -> None:
+    def _climb_before_pass(self, draw: int, passed: StepRecord | None) -> None:
         """Perturbs the weights before the only pass of a step, or as for the part of it that has ``passed``."""
         self._pending = record = self._begin() if passed is None else passed
-        if record.looked:
-            climbs, renormalise = self._climbs()
+        if not record.looked:
+            return
+        climbs, renormalise = self._climbs()
+        noise = self.perturbation.noise(self._t, draw)
+        if self.perturbation.along_momentum:
             fit.check_momentum(self, climbs)
             plan = self._keeper.plan()
             self._keeper.prepare(plan, with_cache=False)
             plan.perturb_along_momentum(climbs, record.report, renormalise)
-            torch.clear_autocast_cache()
+        elif noise is not None:
+            self._keeper.plan(in_step=draw > 0).perturb_by_noise(climbs, record.report, noise)
+        else:
+            record.report.zero_()
+        self._until_done.close()
+        self.perturbation.enter(self._t, draw, self._until_done)
+        torch.clear_autocast_cache()
 
     def _climbs(self) -> tuple[list[ClimbGroup], bool]:
         """How each group climbs, and whether masked norms are renormalised."""
-        climbs = [self.perturbation.climb(self.options(group)) for group in self.param_groups]
+        climbs = [self.perturbation.climb_at(self._t, self.options(group)) for group in self.param_groups]
         return climbs, self.mask is not None and self.mask.renormalise
 
     def _looking(self) -> Looking:
@@ -494,11 +527,24 @@ class StepLoop(OptimizerAround):
         options = [rule.group(group) for group in self.param_groups] if rule else ()
         check, clip = self.nonfinite == "skip" or self._loss_scale.is_used, self.max_grad_norm or 0.0
         base = rule.base if rule else Base.NONE
-        plan.update(base, options, mix, record.looked, check, clip, record.report, self._scaling)
+        if self._companions and record.had_gradients:
+            if self.perturbation.before_pass:
+                plan.restore()
+            for companion in self._companions:
+                companion.before_update(parameters_of(self.base), self._scaling, check)
+        averages = [x for x in self._averages() if record.had_gradients and x.due() is not None]
+        within = averages.pop(0) if rule and averages else None
+        average = None if within is None else self._keeper.bind_average(plan, within)
+        plan.update(base, options, mix, record.looked, check, clip, record.report, self._scaling, average)
         # A foreign step cannot be told by a flag on the device to do nothing: the one host read of a step.
         judged = check or self._scaling.found_inf is not None
         if rule is None and record.had_gradients and not (judged and record.skipped):
             self.base.step()
+        for x in averages:
+            x.add(parameters_of(self.base), record.was_skipped)
+
+    def _averages(self) -> list[RunningAverage]:
+        return [x for x in self._companions if isinstance(x, RunningAverage)]
 
     def _with_both_gradients(self, overwrites: bool) -> None:
         """Of a look, before its update, which may write to gradients if it ``overwrites``."""
@@ -513,7 +559,9 @@ class StepLoop(OptimizerAround):
     def _settle(self, record: StepRecord) -> None:
         """The step has been taken."""
         t, self._t = self._t, self._t + 1
-        self._passed, self._unreduced = None, False
+        self._passed, self._n_passed, self._unreduced = None, 0, False
+        for companion in self._companions:
+            companion.settle()
         self.evaluations += record.evaluations
         self.last_step = record
         if self.reuse is not None:
@@ -619,3 +667,8 @@ class StepLoop(OptimizerAround):
 def _evaluate(closure: Closure) -> Any:
     with torch.enable_grad():
         return closure()
+
+
+def _mean_of(losses: Sequence[Any]) -> Any:
+    """The mean of what closures returned, None if one has returned nothing."""
+    return None if any(loss is None for loss in losses) else sum(losses) / len(losses) if len(losses) > 1 else losses[0]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..bitmask import BitMask
-from ..options import Scaling, perturbs
+from ..options import Scaling
 from ..reference import math_dtype
 from ..shards import is_sharded, locals_of, row_major_zeros
 from .checks import warn_caller
@@ -111,7 +111,7 @@ class Masking:
     def _follow(self, t: int, groups: Groups) -> None:
         """What the mask covers may have changed: groups were added, taken out, or have another radius now."""
         kept = self._keeper.kept
-        coverage = [(bool(group["masked"]), perturbs(group["rho"]), len(group["params"])) for group in groups]
+        coverage = [(bool(group["masked"]), group["perturbed"], len(group["params"])) for group in groups]
         if [kept, *coverage] == self._coverage:
             return
         params, masks = _covered(groups), kept.masks
@@ -173,7 +173,7 @@ class Masking:
 
 def _covered(groups: Groups) -> list[Tensor]:
     """Parameters whose entries the mask chooses."""
-    chosen = [group for group in groups if group["masked"] and perturbs(group["rho"])]
+    chosen = [group for group in groups if group["masked"] and group["perturbed"]]
     return [p for group in chosen for p in group["params"] if p.requires_grad]
 
 

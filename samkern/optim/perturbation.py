@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
-from ..options import Climb, ClimbGroup, host_and_device
-from .checks import at_least, one_of
+from ..options import Climb, ClimbGroup, Noise, host_and_device
+from .checks import at_least, at_least_int, one_of
 
 
 class Perturbation(ABC):
@@ -20,7 +21,11 @@ class Perturbation(ABC):
     ``options`` are the defaults of its keys in the param groups.
     """
 
+    radius = "rho"  # the option that is 0 for a group that is not perturbed
     before_pass = False  # climbs before the only pass of a step, not between two
+    along_momentum = False  # of the base, which must have one
+    takes_parts = True  # a step may have several closures, each with a perturbation of its own
+    draws = 1  # how often a step calls its only closure, if it climbs before its pass
 
     def __init__(self, rho: float, **options: Any) -> None:
         self.options: dict[str, Any] = {"rho": rho, **options}
@@ -33,6 +38,17 @@ class Perturbation(ABC):
     @abstractmethod
     def climb(self, group: Mapping[str, Any]) -> ClimbGroup:
         """What the kernels do to the parameters of ``group``."""
+
+    def climb_at(self, t: int, group: Mapping[str, Any]) -> ClimbGroup:
+        """The same in step ``t``, counted from 0."""
+        return self.climb(group)
+
+    def noise(self, t: int, draw: int) -> Noise | None:
+        """Along which noise the parameters climb in step ``t``; None: along a gradient or a momentum."""
+        return None
+
+    def enter(self, t: int, draw: int, until_done: ExitStack) -> None:  # noqa: B027 - most have nothing to do
+        """Perturbs what is no parameter of the optimizer, until ``until_done`` is closed."""
 
     @property
     def survives_half_precision(self) -> bool:
@@ -168,6 +184,8 @@ class Momentum(Perturbation):
     """
 
     before_pass = True
+    along_momentum = True
+    takes_parts = False
 
     def __init__(self, how: Perturbation | None = None) -> None:
         self._how = how or Euclidean(1.0)
@@ -184,3 +202,69 @@ class Momentum(Perturbation):
     @property
     def survives_half_precision(self) -> bool:
         return self._how.survives_half_precision
+
+
+class Gaussian(Perturbation):
+    """LPF-SGD: the only gradient of a step is taken at ``w + tau``, tau normal with a standard deviation of ``std_t n``.
+
+    ``std_t = std (1 + (inc - 1) (1 - cos(pi s)) / 2)`` with the progress ``s = min(t / total_steps, 1)`` grows from ``std`` to
+    ``inc std``.
+
+    Args:
+        std: of the noise where n = 1, >= 0; may differ per group, and 0 leaves a group unperturbed.
+        inc: growth of it over the training, >= 0; 1: none.
+        draws: how many times a step calls a single closure, each time with another noise, to take the mean of the gradients.
+            Of several closures, each has one.
+        total_steps: for ``inc != 1``, >= 1. Later steps have s = 1.
+        scale: n is the norm of each dim-0 slice, of a tensor of fewer than two dimensions as a whole ("filter"), or of each
+            tensor ("tensor").
+        seed: the noise is of Philox words of seed, step, draw and place of an entry: the same on every backend and rank, and
+            after a resume, and torch's global generators are left alone. It is never stored.
+
+    Bisla et al., AISTATS 2022, https://arxiv.org/abs/2201.08025.
+
+    >>> samkern.optim.Gaussian(5e-4, inc=15, total_steps=100).options
+    {'std': 0.0005, 'inc': 15, 'scale': 'filter'}
+    """
+
+    radius = "std"
+    before_pass = True
+    _CLIMBS = {"filter": Climb.NOISE_FILTER, "tensor": Climb.NOISE_TENSOR}
+
+    def __init__(
+        self,
+        std: float = 5e-4,
+        inc: float = 1.0,
+        draws: int = 1,
+        total_steps: int | None = None,
+        scale: str = "filter",
+        seed: int = 0,
+    ) -> None:
+        at_least_int("draws", draws, 1)
+        if total_steps is not None or inc != 1:
+            at_least_int("total_steps", total_steps, 1)  # type: ignore[arg-type]
+        self.draws, self.total_steps, self.seed = draws, total_steps, seed
+        self.options = {"std": std, "inc": inc, "scale": scale}
+        self.check(self.options)
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        at_least("std", group["std"], 0)
+        at_least("inc", group["inc"], 0)
+        one_of("scale", group["scale"], tuple(self._CLIMBS))
+        if group["inc"] != 1 and self.total_steps is None:
+            raise ValueError(f"inc={group['inc']!r} lets the noise grow with the training: pass total_steps=")
+
+    def climb(self, group: Mapping[str, Any]) -> ClimbGroup:
+        return ClimbGroup(self._CLIMBS[group["scale"]], float(group["std"]))
+
+    def climb_at(self, t: int, group: Mapping[str, Any]) -> ClimbGroup:
+        s = min(t / self.total_steps, 1.0) if self.total_steps else 0.0
+        growth = 1 + (group["inc"] - 1) * (1 - math.cos(math.pi * s)) / 2
+        return ClimbGroup(self._CLIMBS[group["scale"]], float(group["std"]) * growth)
+
+    def noise(self, t: int, draw: int) -> Noise:
+        return Noise(self.seed, t, draw)
+
+    @property
+    def survives_half_precision(self) -> bool:
+        return True

@@ -1,0 +1,49 @@
+"""What takes part in the steps of an optimizer without being one of its choices: averages of weights, balances of adapters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..options import AverageOptions, Scaling
+
+if TYPE_CHECKING:
+    from .loop import StepLoop
+
+
+class Companion:
+    """Called by the optimizer that it is attached to, in every step; ``SharpnessAware.attach`` takes it."""
+
+    def check(self, opt: StepLoop) -> None:
+        """Raises ``ValueError`` if it does not go with the choices of ``opt``."""
+
+    def before_update(self, params: Sequence[Tensor], scaling: Scaling, check: bool) -> None:
+        """Gradients are those that the base will receive, weights are not perturbed; may write these.
+
+        ``check``: the step is skipped if a gradient is not finite, or ``scaling`` says so; then nothing may change.
+        """
+
+    def settle(self) -> None:
+        """The step has been taken, or skipped."""
+
+
+class RunningAverage(Companion, ABC):
+    """An average into which an update takes its weights, in the same pass if it can."""
+
+    @abstractmethod
+    def due(self) -> AverageOptions | None:
+        """How the weights after this step are taken in; None: they are not."""
+
+    @abstractmethod
+    def tensors(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """The averages of ``params``, in their layouts and the dtype of their arithmetic, made where they are missing.
+
+        The same tensors every time.
+        """
+
+    @abstractmethod
+    def add(self, params: Sequence[Tensor], skip: Tensor | None = None) -> None:
+        """Takes the weights in as ``due()`` says, unless ``skip``, a 0-d bool, is true: where no pass does so."""
