@@ -13,6 +13,7 @@ from .optim import (
     AESAM,
     ARSAM,
     ASAM,
+    EMA,
     GRST,
     LETSASAM,
     LETSSAM,
@@ -22,12 +23,16 @@ from .optim import (
     SAM,
     SSAMD,
     SSAMF,
+    SWA,
+    SWAD,
+    WASAM,
     AELookSAM,
     LookLayerSAM,
     LookSAM,
     SAMk,
     SharpnessAware,
 )
+from .reestimate import update_bn
 
 if native is None:
     warnings.warn(f"samkern runs on plain PyTorch passes, which are slower: {backends()['cpu'].why}", stacklevel=2)
@@ -36,6 +41,7 @@ __all__ = [
     "AESAM",
     "ARSAM",
     "ASAM",
+    "EMA",
     "GRST",
     "LETSASAM",
     "LETSSAM",
@@ -45,6 +51,9 @@ __all__ = [
     "SAM",
     "SSAMD",
     "SSAMF",
+    "SWA",
+    "SWAD",
+    "WASAM",
     "AELookSAM",
     "BitMask",
     "LookLayerSAM",
@@ -61,5 +70,6 @@ __all__ = [
     "ops",
     "optim",
     "sharpness",
+    "update_bn",
     "use_backend",
 ]
