@@ -195,6 +195,11 @@ SAMKERN_DEVICE Operand state1_of(const UpdateArgs& args, int32_t t) {
   return has ? args.plan.state1[t] : Operand{};
 }
 
+// Five operands of any dtype: with the cache's in the same loop, or two doubles of each at a time, or a call between
+// chunks, registers spill.
+template <Kind kind, Base base>
+constexpr bool kCrowded = kind == Kind::kAny && (base == Base::kAdam || base == Base::kAdamW);
+
 // The update of one chunk.
 template <Kind kind_w, Kind kind_g, Base base, typename T>
 struct ChunkUpdate {
@@ -210,8 +215,7 @@ struct ChunkUpdate {
   math::Adam<T> adam;
   T cache_sq = 0, momentum_sq = 0;
 
-  // Five operands of any dtype: with the cache's in the same loop, or two doubles of each at a time, registers spill.
-  static constexpr bool crowded = kind_w == Kind::kAny && (base == Base::kAdam || base == Base::kAdamW);
+  static constexpr bool crowded = kCrowded<kind_w, base>;
   static constexpr int pack = crowded ? (sizeof(T) == 8 ? 1 : 2) : kPack<kind_w, T>;
 
   SAMKERN_DEVICE ChunkUpdate(const UpdateArgs& a, const Decided& decided, int32_t tensor)
@@ -368,6 +372,13 @@ SAMKERN_COLD void average_chunk(const UpdateArgs& args, int32_t c) {
   });
 }
 
+template <Kind kind_w>
+SAMKERN_COLD void average_chunks(const UpdateArgs& args) {
+  for (int32_t c = args.plan.block_begin[device::block()]; c < args.plan.block_begin[device::block() + 1]; ++c) {
+    average_chunk<kind_w>(args, c);
+  }
+}
+
 // A tensor whose second gradient is missing leaves nothing to reuse.
 SAMKERN_DEVICE void forget_cache(const PlanView& plan, const Chunk& chunk) {
   const Operand cache = plan.cache[chunk.tensor];
@@ -506,10 +517,12 @@ SAMKERN_DEVICE void apply_phase(const UpdateArgs& args) {
   } else {
     decided = args.reduces ? decide(args) : decide_without_sums(args);
   }
+  const bool averages = base != Base::kNone && args.average.taken != nullptr && !decided.skip;
   for (int32_t c = plan.block_begin[device::block() + 1] - 1; c >= plan.block_begin[device::block()]; --c) {
     apply_chunk<kind_w, kind_g, base>(args, decided, chunk_at(plan, c));
-    if (base != Base::kNone && args.average.taken != nullptr && !decided.skip) average_chunk<kind_w>(args, c);
+    if (averages && !kCrowded<kind_w, base>) average_chunk<kind_w>(args, c);
   }
+  if (averages && kCrowded<kind_w, base>) average_chunks<kind_w>(args);
   if (is_last_block(plan)) finish<base>(args, decided.skip);
 }
 
