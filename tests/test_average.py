@@ -16,8 +16,8 @@ from torch import nn
 import samkern
 from samkern import reference
 from samkern.backends import native
-from samkern.options import AverageOptions, Base, Mix, MixOptions, Report, Scope
 from samkern.optim.companion import RunningAverage
+from samkern.options import AverageOptions, Base, Mix, MixOptions, Report, Scope
 from samkern.plan import Kept, make_plan
 
 from . import emulator

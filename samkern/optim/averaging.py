@@ -327,7 +327,7 @@ class EMA(WeightAverage):
         TypeError: ``optimizer`` is none, or has a sparse, complex or integer parameter.
 
     >>> model = torch.nn.Linear(2, 1)
-    >>> opt = samkern.SAM(model.parameters(), torch.optim.SGD, lr=0.1, backend="reference")
+    >>> opt = samkern.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
     >>> ema = samkern.EMA(opt, decay=0.99)
     >>> _ = opt.step(lambda: model(torch.ones(4, 2)).square().mean().backward())
     >>> with ema.swapped(model):
