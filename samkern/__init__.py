@@ -5,10 +5,12 @@ import warnings
 __version__ = "0.1.0"
 
 from . import fisher, history, ops, optim, sharpness
+from .archive import LogitArchive
 from .backends import NotBuiltError, backends, info, native, use_backend
 from .batchnorm import frozen_running_stats
 from .bitmask import BitMask
 from .fisher import SampleLosses
+from .losses import Indexed, MESALoss, SAFLoss
 from .optim import (
     AESAM,
     ARSAM,
@@ -47,9 +49,13 @@ __all__ = [
     "SSAMF",
     "AELookSAM",
     "BitMask",
+    "Indexed",
+    "LogitArchive",
     "LookLayerSAM",
     "LookSAM",
+    "MESALoss",
     "NotBuiltError",
+    "SAFLoss",
     "SAMk",
     "SampleLosses",
     "SharpnessAware",
