@@ -15,6 +15,7 @@ from .optim import (
     AESAM,
     ARSAM,
     ASAM,
+    EMA,
     GRST,
     LETSASAM,
     LETSSAM,
@@ -24,12 +25,16 @@ from .optim import (
     SAM,
     SSAMD,
     SSAMF,
+    SWA,
+    SWAD,
+    WASAM,
     AELookSAM,
     LookLayerSAM,
     LookSAM,
     SAMk,
     SharpnessAware,
 )
+from .reestimate import update_bn
 
 if native is None:
     warnings.warn(f"samkern runs on plain PyTorch passes, which are slower: {backends()['cpu'].why}", stacklevel=2)
@@ -38,6 +43,7 @@ __all__ = [
     "AESAM",
     "ARSAM",
     "ASAM",
+    "EMA",
     "GRST",
     "LETSASAM",
     "LETSSAM",
@@ -47,6 +53,9 @@ __all__ = [
     "SAM",
     "SSAMD",
     "SSAMF",
+    "SWA",
+    "SWAD",
+    "WASAM",
     "AELookSAM",
     "BitMask",
     "Indexed",
@@ -67,5 +76,6 @@ __all__ = [
     "ops",
     "optim",
     "sharpness",
+    "update_bn",
     "use_backend",
 ]

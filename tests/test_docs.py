@@ -186,11 +186,12 @@ ARROWS = {  # a module may import from the left of itself only
     "fisher": {"ops", "reference", "samples", "shards", "tensors", "undisturbed"},
     "optim": {
         *("backends", "batchnorm", "bitmask", "fisher", "ops", "options", "philox", "plan", "reference", "tensors"),
-        *("sharded_plan", "sharded_select", "shards"),
+        *("sharded_plan", "sharded_select", "shards", "undisturbed"),
     },
     "history": {"optim"},
     "archive": set(),
     "losses": {"archive", "undisturbed"},
+    "reestimate": {"optim"},
     "integrations": {"optim", "shards"},
     "sharpness": set(),
     "demo": {"backends", "fisher", "optim", "sharpness"},

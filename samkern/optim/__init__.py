@@ -2,6 +2,7 @@
 
 from .aesam import AESAM, AELookSAM
 from .arsam import ARSAM
+from .averaging import EMA, SWA
 from .budget import Budget
 from .companion import Companion, RunningAverage
 from .engine import SharpnessAware
@@ -19,11 +20,14 @@ from .rst import GRST, RST
 from .sam import ASAM, SAM, SAMk
 from .schedule import Always, Bernoulli, Decision, EveryK, GradientNorm, Now, Outcome, Schedule
 from .ssam import SSAMD, SSAMF
+from .swad import SWAD
+from .wasam import WASAM
 
 __all__ = [
     "AESAM",
     "ARSAM",
     "ASAM",
+    "EMA",
     "GRST",
     "LETSASAM",
     "LETSSAM",
@@ -33,6 +37,9 @@ __all__ = [
     "SAM",
     "SSAMD",
     "SSAMF",
+    "SWA",
+    "SWAD",
+    "WASAM",
     "AELookSAM",
     "Adaptive",
     "Always",

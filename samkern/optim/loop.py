@@ -129,7 +129,7 @@ class StepLoop(OptimizerAround):
             return self._step_without_closure(val_closure, scaler)
         try:
             fit.check_closures(self, closure, val_closure)
-            self.require_idle("step()")
+            self._require_start("step()")
             self._take(scaler)
             return self._step(closure, val_closure)
         except BaseException:
@@ -147,7 +147,7 @@ class StepLoop(OptimizerAround):
             if self._only_makes_state():
                 return self.base.step()
             fit.check_closures(self, None, val_closure)
-            self.require_idle("step()")
+            self._require_start("step()")
             self._take(scaler)
             return self._step_after_pass()
         except BaseException:
@@ -323,7 +323,7 @@ class StepLoop(OptimizerAround):
             ValueError: ``model=`` is not one whose reduction can be left out.
             RuntimeError: within a step: gradients of second passes are reduced.
         """
-        self.require_idle("first_pass()")
+        self._require_start("first_pass()")
         fit.check_sync(self)
         climbs_locally = self._climbs_locally()
         with no_reduction(self.model) if climbs_locally else contextlib.nullcontext():
@@ -355,7 +355,7 @@ class StepLoop(OptimizerAround):
             RuntimeError: of the scaler, ``unscale_`` was called before the last pass, or ``update`` not after the last step.
         """
         fit.check_halves(self)
-        self.require_idle("first_step()")
+        self._require_start("first_step()")
         if self._climbs_locally() and not self._unreduced:
             raise RuntimeError(
                 "perturb_sync='local': put `with opt.first_pass():` around the first forward and backward"
@@ -406,7 +406,7 @@ class StepLoop(OptimizerAround):
             RuntimeError: the perturbation comes after a first pass (``first_step()``), or a step is under way.
         """
         fit.check_perturbed(self)
-        self.require_idle("perturbed()")
+        self._require_start("perturbed()")
         try:
             with torch.no_grad():
                 self._climb_before_pass(self._n_passed, self._passed)
@@ -628,6 +628,11 @@ class StepLoop(OptimizerAround):
         return change_sq, grad_sq
 
     @property
+    def companions(self) -> tuple[Companion, ...]:
+        """What is attached."""
+        return self._companions
+
+    @property
     def _scaling(self) -> Scaling:
         given = [getattr(self, name, None) for name in Scaling._fields]
         for name, value in zip(Scaling._fields, given, strict=True):
@@ -653,6 +658,12 @@ class StepLoop(OptimizerAround):
             raise RuntimeError(
                 f"{what} between first_step() and second_step(): finish the step or undo it by restore()"
             )
+
+    def _require_start(self, what: str) -> None:
+        """Raises ``RuntimeError`` if ``what`` is not possible now, where a step begins."""
+        self.require_idle(what)
+        for companion in self._companions:
+            companion.before_step()
 
     def holders(self) -> list[object]:
         """Whose attributes may hold tensors for a step under way, or between steps."""
