@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,8 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from .archive import LogitArchive
+from .optim.averaging import WeightAverage
 from .undisturbed import evaluating
-
-if TYPE_CHECKING:
-    from .averaging import EMA
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -165,7 +163,7 @@ class MESALoss(_TrajectoryLoss):
     def __init__(
         self,
         model: nn.Module,
-        ema: EMA,
+        ema: WeightAverage,
         *,
         lam: float = 0.8,
         tau: float = 5.0,

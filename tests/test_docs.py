@@ -190,7 +190,7 @@ ARROWS = {  # a module may import from the left of itself only
     },
     "history": {"optim"},
     "archive": set(),
-    "losses": {"archive", "undisturbed"},
+    "losses": {"archive", "optim", "undisturbed"},
     "reestimate": {"optim"},
     "integrations": {"optim", "shards"},
     "sharpness": set(),
