@@ -219,11 +219,10 @@ class Plan {
     if (average) {
       const Tensor& p = params_.at(index);
       const at::ScalarType dtype = p.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-      TORCH_CHECK_VALUE(
-          average->scalar_type() == dtype && average->device() == p.device() && same_layout(*average, p),
-          "the average of parameter ", index, " must be ", dtype, " of shape ", p.sizes(), " with strides ",
-          p.strides(), " on ", p.device(), ", got ", average->scalar_type(), " ", average->sizes(), " ",
-          average->strides(), " on ", average->device());
+      TORCH_CHECK_VALUE(average->scalar_type() == dtype && average->device() == p.device() && same_layout(*average, p),
+                        "the average of parameter ", index, " must be ", dtype, " of shape ", p.sizes(),
+                        " with strides ", p.strides(), " on ", p.device(), ", got ", average->scalar_type(), " ",
+                        average->sizes(), " ", average->strides(), " on ", average->device());
     }
     average_.at(index) = std::move(average).value_or(Tensor());
   }
