@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..options import AverageOptions
 from ..reference import average_gain, math_dtype
-from ..shards import is_sharded, like, local, spread_as
+from ..shards import is_sharded, like, local, locals_of, spread_as
 from ..tensors import DTYPES, describe, is_capturing
 from ..undisturbed import unchanged_buffers
 from .checks import at_least_int, between
@@ -334,7 +334,7 @@ class EMA(WeightAverage):
         TypeError: ``optimizer`` is none, or has a sparse, complex or integer parameter.
 
     >>> model = torch.nn.Linear(2, 1)
-    >>> opt = samkern.SAM(model.parameters(), torch.optim.SGD, lr=0.1, backend="reference")
+    >>> opt = samkern.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
     >>> ema = samkern.EMA(opt, decay=0.99)
     >>> _ = opt.step(lambda: model(torch.ones(4, 2)).square().mean().backward())
     >>> with ema.swapped(model):
@@ -399,17 +399,15 @@ class SWA(WeightAverage):
 
 def move_towards(averages: Sequence[Tensor], weights: Sequence[Tensor], gain: Tensor | float) -> None:
     """``average += gain (w - average)``; of gain 1, ``average = w``. ``gain``: 0-d float64, or a number."""
-    together: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    for average, w in zip(map(local, averages), map(local, weights), strict=True):
+    ours, theirs = locals_of(averages), locals_of(weights)
+    kinds = {(x.device, x.dtype) for x in (*ours, *theirs)}
+    if len(kinds) == 1:
+        torch._foreach_lerp_(ours, theirs, [torch.as_tensor(gain).to(*kinds.pop())] * len(ours))
+        return
+    gains = {kind: torch.as_tensor(gain).to(*kind) for kind in kinds}
+    for average, w in zip(ours, theirs, strict=True):  # one by one: there is one converted copy at a time
         kind = average.device, average.dtype
-        if w.dtype == average.dtype and w.device == average.device:
-            ours, theirs = together.setdefault(kind, ([], []))
-            ours.append(average)
-            theirs.append(w)
-        else:  # one by one: there is one converted copy at a time
-            average.lerp_(w.to(*kind), torch.as_tensor(gain).to(*kind))
-    for kind, (ours, theirs) in together.items():
-        torch._foreach_lerp_(ours, theirs, [torch.as_tensor(gain).to(*kind)] * len(ours))
+        average.lerp_(w.to(*kind), gains[kind])
 
 
 def bytes_of_average(p: Tensor) -> int:

@@ -36,7 +36,7 @@ class WASAM(SAM):
     Kaddour et al., NeurIPS 2022, https://arxiv.org/abs/2202.00661.
 
     >>> model = torch.nn.Linear(2, 1)
-    >>> opt = samkern.WASAM(model.parameters(), torch.optim.SGD, lr=0.1, total_steps=8, backend="reference")
+    >>> opt = samkern.WASAM(model.parameters(), torch.optim.SGD, lr=0.1, total_steps=8)
     >>> for _ in range(8):
     ...     _ = opt.step(lambda: model(torch.ones(4, 2)).square().mean().backward())
     >>> opt.average.n_averaged
