@@ -9,10 +9,12 @@ from .backends import NotBuiltError, backends, info, native, use_backend
 from .batchnorm import frozen_running_stats
 from .bitmask import BitMask
 from .fisher import SampleLosses
+from .lora import Adapter
 from .optim import (
     AESAM,
     ARSAM,
     ASAM,
+    BAR,
     GRST,
     LETSASAM,
     LETSSAM,
@@ -23,8 +25,10 @@ from .optim import (
     SSAMD,
     SSAMF,
     AELookSAM,
+    FlatLoRA,
     LookLayerSAM,
     LookSAM,
+    LoRASAM,
     SAMk,
     SharpnessAware,
 )
@@ -36,6 +40,7 @@ __all__ = [
     "AESAM",
     "ARSAM",
     "ASAM",
+    "BAR",
     "GRST",
     "LETSASAM",
     "LETSSAM",
@@ -46,7 +51,10 @@ __all__ = [
     "SSAMD",
     "SSAMF",
     "AELookSAM",
+    "Adapter",
     "BitMask",
+    "FlatLoRA",
+    "LoRASAM",
     "LookLayerSAM",
     "LookSAM",
     "NotBuiltError",

@@ -168,6 +168,7 @@ ARROWS = {  # a module may import from the left of itself only
     "shards": set(),
     "tensors": {"shards"},
     "options": set(),
+    "lora": {"shards", "tensors"},
     "backends": set(),
     "batchnorm": set(),
     "philox": set(),
@@ -182,7 +183,7 @@ ARROWS = {  # a module may import from the left of itself only
     "samples": {"undisturbed"},
     "fisher": {"ops", "reference", "samples", "shards", "tensors", "undisturbed"},
     "optim": {
-        *("backends", "batchnorm", "bitmask", "fisher", "ops", "options", "philox", "plan", "reference", "tensors"),
+        *("backends", "batchnorm", "bitmask", "fisher", "lora", "ops", "options", "philox", "plan", "reference", "tensors"),
         *("sharded_plan", "sharded_select", "shards"),
     },
     "history": {"optim"},
