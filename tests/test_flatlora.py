@@ -20,7 +20,7 @@ from samkern.lora import AdaptedWeight, Factors, adapted_weights
 
 from . import adapted
 from .adapted import closure_for, frozen, layers_of, loss_of, make, own, seen_by, train, trained
-from .lists import BF16, FP16, FP32, FP64, same_bits, same_tree, seeded
+from .lists import BF16, FP32, FP64, same_bits, same_tree, seeded
 from .oracles import bases
 from .oracles import lora as oracle
 from .problems import through_a_file
@@ -36,7 +36,7 @@ BASES = {
 }
 
 
-def flat(model, base=SGD, sigma=0.3, **options):
+def flat(model, base=SGD, sigma=0.3, /, **options):
     options = {"lr": 0.05, "total_steps": T, **options}
     return samkern.FlatLoRA(model, base, sigma, **options)
 
@@ -591,11 +591,10 @@ def test_grad_scaler():
     assert scaler.get_scale() == 2.0**9
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "file"])
-@pytest.mark.parametrize("kind", ["own", "gpt2"])
+@pytest.mark.parametrize(
+    ("how", "kind"), [("deepcopy", "own"), ("deepcopy", "gpt2"), ("pickle", "own"), ("file", "own"), ("file", "gpt2")]
+)
 def test_resuming_is_bit_exact(how, kind):
-    if kind == "gpt2" and how == "pickle":
-        pytest.skip("one model is enough to see that a pickle holds all")
     model = make(kind, FP32)
     opt = flat(model, AdamW, lr=1e-2, seed=5)
     train(model, opt, range(4))
@@ -696,7 +695,7 @@ def test_options_that_are_refused():
     model = own()
     params = [p for p in model.parameters() if p.requires_grad]
     for options, error, message in [
-        ({"sigma": -0.1}, ValueError, "sigma must be a finite number >= 0, got -0.1"),
+        ({"radius": -0.1}, ValueError, "sigma must be a finite number >= 0, got -0.1"),
         ({"total_steps": None}, ValueError, "total_steps must be an integer >= 1, got None"),
         ({"draws": 0}, ValueError, "draws must be"),
         ({"adapters": []}, ValueError, "has no adapters"),
@@ -743,7 +742,6 @@ def test_half_precision_weights():
     assert all(map(math.isfinite, losses))
     assert same_bits(frozen(model), before)
     assert [x.dtype for x in opt.perturbation.scratch] == [BF16]
-    assert FP16 not in {x.dtype for x in before}
 
 
 def test_it_tells_what_it_does():

@@ -55,6 +55,8 @@ def check_kinds(**choices: tuple[Any, type]) -> None:
 
 def _check_before_pass(opt: StepLoop) -> None:
     name = type(opt.perturbation).__name__
+    if opt.mask is not None and not opt.perturbation.of_parameters:
+        raise ValueError(f"mask= chooses entries of parameters, and {name} moves none of them: leave it out")
     if opt.reuse is not None:
         raise ValueError(f"reuse needs two gradients of a step, and with {name} there is one")
     if opt.learned is not None:
@@ -67,8 +69,6 @@ def _check_before_pass(opt: StepLoop) -> None:
         )
     if judges_gradients(opt):
         raise ValueError(f"{type(opt.mask).__name__} chooses by a gradient, and {name} climbs before there is one")
-    if opt.mask is not None and not opt.perturbation.of_parameters:
-        raise ValueError(f"mask= chooses entries of parameters, and {name} moves none of them: leave it out")
     if opt.perturbation.along_momentum:
         check_momentum(opt, [opt.perturbation.climb(opt.options(group)) for group in opt.param_groups])
     if opt.capturable and not opt.perturbation.along_momentum:
