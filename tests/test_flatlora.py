@@ -36,9 +36,8 @@ BASES = {
 }
 
 
-def flat(model, base=SGD, sigma=0.3, /, **options):
-    options = {"lr": 0.05, "total_steps": T, **options}
-    return samkern.FlatLoRA(model, base, sigma, **options)
+def flat(model, base=SGD, /, **options):
+    return samkern.FlatLoRA(model, base, **{"sigma": 0.3, "lr": 0.05, "total_steps": T, **options})
 
 
 def untouched(model):
@@ -179,7 +178,7 @@ def test_without_noise_it_is_the_base(kind):
     runs = {}
     for sigma in (0.0, 0.3):
         model, plain = make(kind, FP32), make(kind, FP32)
-        opt = flat(model, AdamW, sigma, lr=1e-2)
+        opt = flat(model, AdamW, sigma=sigma, lr=1e-2)
         base = samkern.SharpnessAware(
             [p for p in plain.parameters() if p.requires_grad], AdamW, lr=1e-2, schedule=samkern.optim.Bernoulli(p=0.0)
         )
@@ -695,7 +694,7 @@ def test_options_that_are_refused():
     model = own()
     params = [p for p in model.parameters() if p.requires_grad]
     for options, error, message in [
-        ({"radius": -0.1}, ValueError, "sigma must be a finite number >= 0, got -0.1"),
+        ({"sigma": -0.1}, ValueError, "sigma must be a finite number >= 0, got -0.1"),
         ({"total_steps": None}, ValueError, "total_steps must be an integer >= 1, got None"),
         ({"draws": 0}, ValueError, "draws must be"),
         ({"adapters": []}, ValueError, "has no adapters"),

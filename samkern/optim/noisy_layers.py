@@ -65,8 +65,8 @@ class NoisyWeight:
         """Fills the scratch; returns the weight in it, in the shape in which it is stored."""
         stored = self.weight.weight
         buffer = self.scratch.of(stored.device, dtype, self.largest)
-        noisy = buffer[: stored.numel()].view(stored.shape)
-        rows = noisy.t() if self.weight.transposed else noisy
+        # Noise is made fastest in the order in which it is counted, and a layer takes either order.
+        rows = buffer[: stored.numel()].view(self.weight.rows.shape)
         options = {
             **self.noise._asdict(),
             "first": self.first,
@@ -77,7 +77,7 @@ class NoisyWeight:
         ops.gaussian_perturb([rows], [self.weight.rows], self.std, **options, from_saved=True)
         # A graph that has kept the buffer itself, as one of a second derivative would, must not take it for what it was.
         torch.autograd.graph.increment_version(buffer)
-        return noisy
+        return rows.t() if self.weight.transposed else rows
 
     def dtype_now(self) -> torch.dtype:
         """That in which the layer computes: autocast would keep a copy of a scratch that it has to convert."""
