@@ -192,7 +192,7 @@ def test_without_noise_it_is_the_base(kind):
 
 @pytest.mark.takes(4)
 def test_a_thousand_steps_leave_the_frozen_weights_as_they_are():
-    model = own(FP32)
+    model = own(FP32, sizes=(6, 5, 4))
     before, start = frozen(model), trained(model)
     opt = flat(model, AdamW, lr=1e-3, total_steps=500)
     train(model, opt, range(1000))
