@@ -10,11 +10,13 @@ from .backends import NotBuiltError, backends, info, native, use_backend
 from .batchnorm import frozen_running_stats
 from .bitmask import BitMask
 from .fisher import SampleLosses
+from .lora import Adapter
 from .losses import Indexed, MESALoss, SAFLoss
 from .optim import (
     AESAM,
     ARSAM,
     ASAM,
+    BAR,
     EMA,
     GRST,
     LETSASAM,
@@ -29,8 +31,10 @@ from .optim import (
     SWAD,
     WASAM,
     AELookSAM,
+    FlatLoRA,
     LookLayerSAM,
     LookSAM,
+    LoRASAM,
     SAMk,
     SharpnessAware,
 )
@@ -43,6 +47,7 @@ __all__ = [
     "AESAM",
     "ARSAM",
     "ASAM",
+    "BAR",
     "EMA",
     "GRST",
     "LETSASAM",
@@ -57,8 +62,11 @@ __all__ = [
     "SWAD",
     "WASAM",
     "AELookSAM",
+    "Adapter",
     "BitMask",
+    "FlatLoRA",
     "Indexed",
+    "LoRASAM",
     "LogitArchive",
     "LookLayerSAM",
     "LookSAM",

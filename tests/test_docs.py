@@ -170,6 +170,7 @@ ARROWS = {  # a module may import from the left of itself only
     "shards": set(),
     "tensors": {"shards"},
     "options": set(),
+    "lora": {"shards", "tensors"},
     "backends": set(),
     "batchnorm": set(),
     "philox": set(),
@@ -185,8 +186,8 @@ ARROWS = {  # a module may import from the left of itself only
     "samples": {"undisturbed"},
     "fisher": {"ops", "reference", "samples", "shards", "tensors", "undisturbed"},
     "optim": {
-        *("backends", "batchnorm", "bitmask", "fisher", "ops", "options", "philox", "plan", "reference", "tensors"),
-        *("sharded_plan", "sharded_select", "shards", "undisturbed"),
+        *("backends", "batchnorm", "bitmask", "fisher", "lora", "ops", "options", "philox", "plan", "reference"),
+        *("sharded_plan", "sharded_select", "shards", "tensors", "undisturbed"),
     },
     "history": {"optim"},
     "archive": set(),

@@ -512,7 +512,7 @@ class StepLoop(OptimizerAround):
         else:
             record.report.zero_()
         self._until_done.close()
-        self.perturbation.enter(self._t, draw, self._until_done)
+        self.perturbation.enter(self._t, draw, self._groups(), self._until_done)
         torch.clear_autocast_cache()
 
     def _climbs(self) -> tuple[list[ClimbGroup], bool]:
