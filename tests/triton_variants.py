@@ -21,13 +21,15 @@ from triton.compiler import ASTSource
 from samkern.options import UNSCALED, Base, Climb, ClimbGroup, Mix, MixOptions, Scaling
 from samkern.reference import DIRECTIONS
 from samkern.triton_kernels import common, lists, masks, select
-from samkern.triton_kernels.launch import COMPILER_OPTIONS, REGISTERS_OF_NOISE, registers_for, types_of
+from samkern.triton_kernels.launch import COMPILER_OPTIONS, registers_for, types_of
 from samkern.triton_kernels.lists import Given, Norms
 from samkern.triton_kernels.noise import noise_kernel
 from samkern.triton_kernels.perturb import ALONG, PER_ENTRY, PER_FILTER, SIGNS, perturb_kernel
-from samkern.triton_kernels.plan import form_of_climbs, form_of_noise, form_of_update
+from samkern.triton_kernels.plan import form_of_climbs, form_of_noise, form_of_update, registers_of_noise
 from samkern.triton_kernels.restore import restore_kernel
 from samkern.triton_kernels.update import update_kernel
+
+from .lists import CLIMBS
 
 ARCHITECTURES = (80, 90)
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -44,7 +46,6 @@ POINTERS = {
 
 
 SCALING = Scaling(torch.ones(()), torch.zeros(()))
-CLIMBS = [climb for climb in Climb if climb.along_gradient]
 
 
 def perturb(climb, w, scaled=False, masked=False, renormalises=False):
@@ -79,7 +80,7 @@ def noise(climb, w, source=None, given=False, again=False, strided=False, report
         "SOURCE": types_of(source, source),
         "TYPES": types_of(w),
     }
-    return noise_kernel, REGISTERS_OF_NOISE, constants
+    return noise_kernel, registers_of_noise(constants["FORM"]), constants
 
 
 def update(base, mix, w, cache=FP32, clips=False, scaling=UNSCALED, tracks=False, averages=False):

@@ -17,7 +17,6 @@ from .tables import Slice
 # Contraction is off, so that the bits are those of every other backend.
 COMPILER_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 _THREADS, _REGISTERS_PER_SM = 256, 65_536  # of every multiprocessor since sm_70
-REGISTERS_OF_NOISE = 128  # a thread; random words are made in many of them
 
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _BITS = {2: tl.int16, 4: tl.int32, 8: tl.int64}

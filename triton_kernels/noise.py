@@ -236,7 +236,7 @@ def noise_range(
 ):  # fmt: skip
     """``saved = w; w += std n z`` on a chunk, and with ``MEASURED`` what its half-precision weights made of that."""
     lo, n, bits = chunk.lo, chunk.n, bits_of_chunk(tables, chunk)
-    SIZE: tl.constexpr = TYPES.block // 2
+    SIZE: tl.constexpr = TYPES.block if TYPES.math == tl.float64 else TYPES.block // 2
     LANE: tl.constexpr = 128 // TYPES.w.primitive_bitwidth
     MATH: tl.constexpr = TYPES.math
     o, q = tl.arange(0, SIZE), (numbers.first >> 2) + tl.arange(0, SIZE // 4)
@@ -271,24 +271,11 @@ def noise_range(
                 z = normals_of_fours(q + i * (SIZE // 4), seed, t, stream)
         else:
             z = normals_of_fours(q + i * (SIZE // 4), seed, t, stream)
+        z = tl.where(inside, z, 0.0)  # what is not there does not move
         moved_sq, moved_eps, eps_sq = noise_block(
-            w,
-            source,
-            saved,
-            bits,
-            j,
-            inside,
-            factor,
-            z,
-            moves,
-            moved_sq,
-            moved_eps,
-            eps_sq,
-            MEASURED,
-            LANE,
-            FORM,
-            TYPES,
-        )
+            w, source, saved, bits, j, inside, factor, z, moves, moved_sq, moved_eps, eps_sq,
+            MEASURED, LANE, FORM, TYPES,
+        )  # fmt: skip
     if MEASURED:
         write_measured(tables, chunk, tl.sum(moved_sq, 0), tl.sum(moved_eps, 0), tl.sum(eps_sq, 0))
 

@@ -18,7 +18,7 @@ from ..reference import DIRECTIONS, SUMS, WEIGHTINGS, Parts, math_dtype
 from ..tensors import is_dense
 from . import common
 from .arguments import Tensors, combinations, flag_bytes, mark_written, on_device, step_of, tables_of
-from .launch import REGISTERS_OF_NOISE, registers_for, run, run_phases, types_of
+from .launch import registers_for, run, run_phases, types_of
 from .lists import (
     Given,
     Norms,
@@ -32,7 +32,7 @@ from .lists import (
 from .masks import drop_grow_mask, fisher_accumulate, topk_mask
 from .noise import OF_FILTERS, noise_kernel
 from .perturb import ALONG, PER_ENTRY, PER_FILTER, SIGNS
-from .plan import counts_of, form_of_noise
+from .plan import counts_of, form_of_noise, registers_of_noise
 from .restore import restore_kernel
 from .tables import Slice
 from .update import NOTHING, Update
@@ -195,7 +195,7 @@ def gaussian_perturb(
                 *(tables.sums, tables.sem, len(w), n_chunks, tables.n_chunks, n_runs, norms.numel()),
             ],
             max(n_chunks, n_runs),
-            REGISTERS_OF_NOISE,
+            registers_of_noise(form),
             PHASES=phases,
             FORM=form,
             SOURCE=types_of(source, source),

@@ -30,7 +30,7 @@ from ..options import (
 from ..reference_plan import ReferencePlan
 from ..tensors import tensors_in
 from . import common, perturb, philox, reduce
-from .launch import REGISTERS_OF_NOISE, check_device, registers_for, run, run_phases, types_of
+from .launch import check_device, registers_for, run, run_phases, types_of
 from .noise import GIVEN, OF_FILTERS, OF_TENSORS, Draw, noise_kernel
 from .perturb import Climbs, perturb_kernel
 from .restore import restore_kernel
@@ -83,6 +83,11 @@ def form_of_noise(
     by_filter = any(group.climb == Climb.NOISE_FILTER for group in climbs)
     norms = _bits([GIVEN] if given else [OF_TENSORS, OF_FILTERS] if by_filter else [OF_TENSORS])
     return Draw(norms, int(common.SAVED if again else common.W), strided, reports, halves and reports, masked)
+
+
+def registers_of_noise(form: Draw) -> int:
+    """As ``launch.registers_for``: noise by the norms of tensors gets along with fewer than other noise."""
+    return 80 if form.norms == _bits([OF_TENSORS]) and not form.strided and not form.masked else 128
 
 
 def counts_of(noise: Noise, first: int = 0) -> list[int]:
@@ -260,7 +265,7 @@ class TritonPlan(ReferencePlan):
                     *(report, tables.sem, len(self._params), n_chunks, tables.n_chunks, n_runs, 0),
                 ],
                 max(n_chunks, n_runs),
-                REGISTERS_OF_NOISE,
+                registers_of_noise(form),
                 PHASES=phases,
                 FORM=form,
                 SOURCE=types_of(dtype, dtype),
