@@ -180,6 +180,7 @@ class Halves:
         return self.weights
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("dtypes", [(FP32,), (FP16, BF16, FP32)], ids=lambda dtypes: "-".join(map(dtype_name, dtypes)))
 def test_half_steps(dtypes):
     """Another draw starts from the saved weights, ``restore`` ends where all began, and an update starts there."""
