@@ -195,7 +195,7 @@ ARROWS = {  # a module may import from the left of itself only
     "reestimate": {"optim"},
     "integrations": {"optim", "shards"},
     "sharpness": set(),
-    "demo": {"backends", "fisher", "optim", "sharpness"},
+    "demo": {"backends", "fisher", "losses", "optim", "reestimate", "sharpness", "undisturbed"},
 }
 
 

@@ -26,7 +26,7 @@ class LPFSGD(Oracle):
         for j, closure in enumerate(calls):
             first = 0
             for w, before, std, scale in zip(self.w, old, self.rho, self.scale, strict=True):
-                z = normals(first, w.numel(), self.t, j, self.seed).view(w.shape)
+                z = torch.from_numpy(normals(w.numel(), self.seed, self.t, j, first)).view(w.shape)
                 first += w.numel()
                 if w.requires_grad:
                     w.data = before + self.growth() * std * norms(before, scale) * z
