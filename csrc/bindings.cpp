@@ -141,6 +141,7 @@ class Plan {
         step_(params_.size()),
         cache_(params_.size()),
         mask_(params_.size()),
+        average_(params_.size()),
         moves_(params_.size(), false),
         slots_(params_.size(), nullptr),
         cache_norm_(std::move(cache_norm)),
@@ -211,6 +212,19 @@ class Plan {
                         " must begin at a multiple of 4 bytes; pass a copy");
     }
     mask_.at(index) = bits.value_or(Tensor());
+  }
+
+  // The running average of one tensor; none: it has none.
+  void bind_average(size_t index, std::optional<Tensor> average) {
+    if (average) {
+      const Tensor& p = params_.at(index);
+      const at::ScalarType dtype = p.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+      TORCH_CHECK_VALUE(average->scalar_type() == dtype && average->device() == p.device() && same_layout(*average, p),
+                        "the average of parameter ", index, " must be ", dtype, " of shape ", p.sizes(),
+                        " with strides ", p.strides(), " on ", p.device(), ", got ", average->scalar_type(), " ",
+                        average->sizes(), " ", average->strides(), " on ", average->device());
+    }
+    average_.at(index) = std::move(average).value_or(Tensor());
   }
 
   // Tensors that have a gradient and, in groups that need it, no state of the base optimizer yet.
@@ -328,10 +342,10 @@ class Plan {
   void update(int32_t base, const std::vector<BaseTuple>& base_groups, const MixTuple& mix, bool looked, bool check,
               double max_grad_norm, const Tensor& report, const ScalingTuple& scaling,
               const std::optional<AverageTuple>& average) {
-    TORCH_CHECK(!average, "averages are not folded into the update yet");
     const auto& [kind, scope, min_sine, alpha, weights] = mix;
     UpdateOptions options;
     options.base = static_cast<Base>(base);
+    if (average) options.average = average_of(*average, options.base);
     options.looked = looked;
     options.check = check;
     options.restores = perturbed_;
@@ -373,6 +387,7 @@ class Plan {
     if (options.base != Base::kNone) bind_row(plan.state1, state1_);
     if (adam) bind_row(plan.state2, state2_);
     if (adam) bind_row(plan.step, step_);
+    if (average) bind_row(plan.average, average_);
     {
       py::gil_scoped_release unlocked;
       PlanView view = device_ ? device_->upload(plan) : plan;
@@ -460,6 +475,15 @@ class Plan {
                       "weights must be contiguous float64 with ", n_tensors(), " entries on ", params_[0].device(),
                       ", got ", weights->scalar_type(), " ", weights->sizes(), " on ", weights->device());
     return weights->const_data_ptr<double>();
+  }
+
+  AverageOptions average_of(const AverageTuple& average, Base base) const {
+    const auto& [taken, decay, warmup] = average;
+    TORCH_CHECK_VALUE(base != Base::kNone, "an update takes weights into averages only with a fused base");
+    TORCH_CHECK_VALUE(taken.scalar_type() == at::kLong && taken.numel() == 1 && taken.device() == params_[0].device(),
+                      "taken must be an int64 tensor of one entry on ", params_[0].device(), ", got ",
+                      taken.scalar_type(), " ", taken.sizes(), " on ", taken.device());
+    return {taken.mutable_data_ptr<int64_t>(), !decay, decay.value_or(0), warmup};
   }
 
   Scalar scalar(double host, const std::optional<Tensor>& on_device, const char* name) const {
@@ -611,7 +635,7 @@ class Plan {
   Tables tables_;
   std::optional<DeviceTables> device_;
   Layouts layouts_;
-  std::vector<Tensor> first_, state1_, state2_, step_, cache_, mask_;
+  std::vector<Tensor> first_, state1_, state2_, step_, cache_, mask_, average_;
   std::vector<bool> moves_;  // along its momentum
   std::vector<void*> slots_;
   std::vector<Tensor> arenas_;
@@ -650,6 +674,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("bind_state", &Plan::bind_state)
       .def("bind_cache", &Plan::bind_cache)
       .def("bind_mask", &Plan::bind_mask)
+      .def("bind_average", &Plan::bind_average)
       .def("missing_state", &Plan::missing_state)
       .def("missing_cache", &Plan::missing_cache)
       .def("perturb", &Plan::perturb, py::arg("climbs"), py::arg("keep"), py::arg("report"),

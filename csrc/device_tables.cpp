@@ -70,8 +70,8 @@ DeviceTables::DeviceTables(const Tables& tables, at::Device device)
   auto place = [&](auto*& field, size_t at) {
     field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(base + at);
   };
-  Operand** row_fields[] = {&view_.w,      &view_.grad,   &view_.first, &view_.saved, &view_.cache,
-                            &view_.state1, &view_.state2, &view_.step,  &view_.out,   &view_.mask};
+  Operand** row_fields[] = {&view_.w,      &view_.grad, &view_.first, &view_.saved, &view_.cache,  &view_.state1,
+                            &view_.state2, &view_.step, &view_.out,   &view_.mask,  &view_.average};
   for (size_t row = 0; row < kNRows; ++row) place(*row_fields[row], rows + row * n * sizeof(Operand));
   place(view_.numel, numel);
   place(view_.flat, flat);

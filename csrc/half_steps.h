@@ -65,6 +65,7 @@ struct UpdateOptions {
   double* report = nullptr;       // [kNReport], as perturb left it if the step looked; else written
   int64_t* skips = nullptr;       // counts skipped steps
   double* momentum_sq = nullptr;  // [n_tensors] the sum of squares of every state1 that is written; null: not wanted
+  AverageOptions average;         // of plan.average; not with Base::kNone
   const AfterSums* after_sums = nullptr;
 
   // Whether sums over the gradients are needed before the update may begin.

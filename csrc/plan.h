@@ -61,7 +61,8 @@ struct PlanView {
   // while `grad` is the one at w + eps. `saved` is w itself while w is perturbed. `state1`, `state2` are
   // momentum_buffer or exp_avg, and exp_avg_sq; `step` is Adam's 0-d step; `out` receives u for other bases; `mask` are
   // bits, one an entry in the order of w's memory, from a multiple of 4 bytes on: where 0, the entry is not perturbed.
-  Operand *w, *grad, *first, *saved, *cache, *state1, *state2, *step, *out, *mask;
+  // `average` is a running average of w, in the math type.
+  Operand *w, *grad, *first, *saved, *cache, *state1, *state2, *step, *out, *mask, *average;
   uint8_t* fresh;  // [n_tensors] 1: state1 has never been written (SGD's first step takes u undampened)
 
   const int64_t* numel;         // [n_tensors]
@@ -183,6 +184,14 @@ struct MixOptions {
   double min_sine = 0;           // a cache no longer than this share of norm(grad) is rounding residue: never reused
   double* cache_norm = nullptr;  // [n_tensors + 1] per tensor, then over all; kept between steps; 0: not to be reused
   const double* weights = nullptr;  // [n_tensors] of kAdd: factors on alpha; null: 1
+};
+
+// How an update takes the new w into plan.average, which holds `taken` weights already: avg += k (w - avg).
+struct AverageOptions {
+  int64_t* taken = nullptr;  // null: it does not; else counted up unless the step is skipped
+  bool mean = true;          // k = 1 / (taken + 1), the mean of all; else 1 - decay after the first, which is copied
+  double decay = 0;
+  bool warmup = false;  // the decay is at most (1 + taken) / (10 + taken)
 };
 
 enum class Base : int32_t { kNone, kSgd, kAdam, kAdamW };

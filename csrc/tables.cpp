@@ -106,8 +106,8 @@ Tables::Tables(at::TensorList like, std::vector<int32_t> group, int64_t chunk)
   first_dim_.push_back(0);
   for (int64_t t = 0; t < n; ++t) add_tensor(like[t], static_cast<int32_t>(t));
 
-  Operand** rows[] = {&view.w,      &view.grad,   &view.first, &view.saved, &view.cache,
-                      &view.state1, &view.state2, &view.step,  &view.out,   &view.mask};
+  Operand** rows[] = {&view.w,      &view.grad, &view.first, &view.saved, &view.cache,  &view.state1,
+                      &view.state2, &view.step, &view.out,   &view.mask,  &view.average};
   static_assert(std::size(rows) == kNRows);
   operands_.resize(kNRows * n);
   for (size_t row = 0; row < kNRows; ++row) *rows[row] = operands_.data() + row * n;

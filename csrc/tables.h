@@ -29,7 +29,7 @@ Operand operand(const at::Tensor& x);
 // As operand(), but x has the layout of `like`: copied into it if need be, and the copy is kept in `copies`.
 Operand operand_like(const at::Tensor& x, const at::Tensor& like, std::vector<at::Tensor>& copies);
 
-constexpr size_t kNRows = 10;  // of operands in a PlanView
+constexpr size_t kNRows = 11;  // of operands in a PlanView
 
 // The one dtype of all weights and of the gradients that are bound, for which a GPU has kernels of its own; or -1.
 int32_t common_dtype(const PlanView& plan);

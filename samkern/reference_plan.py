@@ -213,6 +213,8 @@ class ReferencePlan:
         scaling: Scaling = UNSCALED,
         average: AverageOptions | None = None,
     ) -> None:
+        if average is not None and base == Base.NONE:
+            raise ValueError("an update takes weights into averages only with a fused base")
         grads = self._gradients()
         if not looked:
             report.zero_()
