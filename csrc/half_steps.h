@@ -41,13 +41,13 @@ struct NoiseOptions {
   int32_t n_groups = 0;
   const ClimbGroup* climb_table = nullptr;  // a copy on the device, where a launch cannot carry that many
   uint64_t seed = 0;
-  uint32_t t = 0, draw = 0;        // of the noise
-  int64_t first = 0;               // place of the list's first entry in the list that the noise is of
-  const double* norms = nullptr;   // [n_norms] n of every dim-0 slice; null: by the climbs
+  uint32_t t = 0, draw = 0;       // of the noise
+  int64_t first = 0;              // place of the list's first entry in the list that the noise is of
+  const double* norms = nullptr;  // [n_norms] n of every dim-0 slice; null: by the climbs
   int64_t n_norms = 0;
-  bool from_saved = false;         // w = saved + std n z, with norms of saved
-  bool norms_known = false;        // plan.sums and the tables of filters have them
-  double* report = nullptr;        // [kNReport], written; null: not wanted
+  bool from_saved = false;   // w = saved + std n z, with norms of saved
+  bool norms_known = false;  // plan.sums and the tables of filters have them
+  double* report = nullptr;  // [kNReport], written; null: not wanted
 };
 
 struct UpdateOptions {

@@ -282,7 +282,8 @@ void gaussian_perturb_(TensorList w, TensorList saved, double std, int64_t seed,
   Call call(w);
   PlanView& plan = call.view();
   const bool is_given = scale == "given";
-  TORCH_CHECK_VALUE(is_given || scale == "filter" || scale == "tensor", "expected filter, tensor or given, got ", scale);
+  TORCH_CHECK_VALUE(is_given || scale == "filter" || scale == "tensor", "expected filter, tensor or given, got ",
+                    scale);
   TORCH_CHECK_VALUE(std >= 0 && std::isfinite(std), "std must be a finite number >= 0, got ", std);
   TORCH_CHECK_VALUE(t >= 0 && t <= UINT32_MAX, "t must be in [0, 2^32), got ", t);
   TORCH_CHECK_VALUE(draw >= 0 && draw < 1 << 24, "draw must be in [0, 2^24), got ", draw);
@@ -298,9 +299,10 @@ void gaussian_perturb_(TensorList w, TensorList saved, double std, int64_t seed,
                        .from_saved = from_saved};
   if (is_given) {
     for (const Tensor& x : w) options.n_norms += x.dim() > 0 ? x.size(0) : 1;
-    TORCH_CHECK_VALUE(norms->scalar_type() == at::kDouble && norms->is_contiguous() && norms->numel() == options.n_norms,
-                      "norms must be contiguous float64 with ", options.n_norms, " entries, got ",
-                      norms->scalar_type(), " ", norms->sizes());
+    TORCH_CHECK_VALUE(
+        norms->scalar_type() == at::kDouble && norms->is_contiguous() && norms->numel() == options.n_norms,
+        "norms must be contiguous float64 with ", options.n_norms, " entries, got ", norms->scalar_type(), " ",
+        norms->sizes());
     call.check_device(*norms, "norms");
     options.norms = norms->const_data_ptr<double>();
   }

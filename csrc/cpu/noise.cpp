@@ -15,8 +15,8 @@ struct Words {
 
 // Round by round over all counters: one counter after another does not vectorise as well.
 SAMKERN_CLONES void words_range(int64_t n, uint64_t seed, Words& words) {
-  uint32_t *__restrict c0 = words.x[0], *__restrict c1 = words.x[1];
-  uint32_t *__restrict c2 = words.x[2], *__restrict c3 = words.x[3];
+  uint32_t* __restrict c0 = words.x[0], * __restrict c1 = words.x[1];
+  uint32_t* __restrict c2 = words.x[2], * __restrict c3 = words.x[3];
   philox::Key key(seed);
   for (int round = 0; round < philox::kRounds; ++round) {
     for (int64_t i = 0; i < n; ++i) philox::take_round(c0[i], c1[i], c2[i], c3[i], key);

@@ -1,5 +1,5 @@
-// perturb: saved = w;  w = w + scale * direction, with the norms of the gradient in front; and the same along noise, with
-// norms of the weights.
+// perturb: saved = w;  w = w + scale * direction, with the norms of the gradient in front; and the same along noise,
+// with norms of the weights.
 #include "../scalars.h"
 #include "bits.h"
 #include "launchers.h"

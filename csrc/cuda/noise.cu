@@ -76,8 +76,7 @@ SAMKERN_DEVICE void sum_phase(const NoiseArgs& args) {
   for (int32_t c = plan.block_begin[device::block()]; c < plan.block_begin[device::block() + 1]; ++c) {
     const Chunk chunk = chunk_at(plan, c);
     if (noise_of(args, chunk.tensor) != Climb::kNoiseTensor) continue;
-    with_math_type<kind>(clean(args, chunk.tensor),
-                         [&](auto zero) { sum_chunk<kind, decltype(zero)>(args, chunk); });
+    with_math_type<kind>(clean(args, chunk.tensor), [&](auto zero) { sum_chunk<kind, decltype(zero)>(args, chunk); });
   }
 }
 
