@@ -20,7 +20,7 @@ from samkern.optim.companion import RunningAverage
 from samkern.options import AverageOptions, Base, Mix, MixOptions, Report, Scope
 from samkern.plan import Kept, make_plan
 
-from . import emulator
+from . import emulator, sharded
 from .lists import BF16, DTYPES, FP16, FP32, FP64, affordable, clones, dtype_name, same_bits
 from .methods import BASES, base_named, method_named
 from .problems import closure_for, make_net, train, weights
@@ -358,3 +358,30 @@ def test_a_step_with_an_average_can_be_recorded():
         opt.step(closure)
         opt.step(closure)
     assert int(average.taken) == 5
+
+
+def averages_of_parts(backend, on_ranks):
+    """Of each tensor whole, after five steps, one of them skipped; each rank has some rows, or none."""
+    case = sharded.Case(samkern.SAM, {"rho": 0.1}, poisoned=(2, 1), missing=(3, 0), dtypes=(FP64, FP32))
+    values, average = sharded.initial(case), Average()
+    if on_ranks:
+        mesh, placements = sharded.rows(2)
+        values = [sharded.spread(x, mesh, placements(i, x)) for i, x in enumerate(values)]
+    params = [nn.Parameter(x) for x in values]
+    opt = case.make(params, backend=backend)
+    opt.attach(average)
+    sharded.take_steps(case, params, range(case.n_steps), opt)
+    return int(average.taken), [sharded.whole(x) for x in average.tensors(params)]
+
+
+@torch.enable_grad()
+@pytest.mark.takes(5)
+@pytest.mark.parametrize("backend", ["reference", *(["cpu"] if native is not None else [])])
+def test_of_parts(ranks, backend):
+    taken, expected = averages_of_parts(backend, on_ranks=False)
+    assert taken == 4
+    for n, averages in ranks.run(2, averages_of_parts, backend, True, timeout=100):
+        assert n == taken
+        for x, y in zip(averages, expected, strict=True):
+            error = 1e-12 if x.dtype == FP64 else 1e-6
+            torch.testing.assert_close(x, y, rtol=error, atol=error)
