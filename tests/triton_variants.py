@@ -210,8 +210,8 @@ VARIANTS = {
     },
     **{
         f"update-{base.name}-{mix.name}-{name_of(w)}-averaged": update(base, mix, w, averages=True)
-        for base in (Base.SGD, Base.ADAM, Base.ADAMW)
-        for mix in Mix
+        for base in (Base.SGD, Base.ADAMW)
+        for mix in (Mix.GRADIENT, Mix.DECOMPOSE, Mix.REUSE)
         for w in (FP32, BF16, FP64)
     },
     **{
@@ -219,7 +219,7 @@ VARIANTS = {
             *(climb, w, None, False, "again" in how, "strided" in how, True, "masked" in how)
         )
         for scale, climb in (("filter", Climb.NOISE_FILTER), ("tensor", Climb.NOISE_TENSOR))
-        for w in (FP32, BF16, FP16, FP64)
+        for w in (FP32, BF16, FP64)
         for how in ("", "-again", "-strided", "-strided-masked")
     },
     **{

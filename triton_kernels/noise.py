@@ -87,16 +87,12 @@ class Draw(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """Which normal numbers: of a seed, a step, a stream, and for a chunk the place of its first entry.
-
-    ``strided``: that of its tensor's first, since entries lie in another order.
-    """
+    """Which normal numbers: of a seed, a step and a stream, from a place of the list on."""
 
     seed: Any
     t: Any
     stream: Any
     first: Any
-    strided: Any
 
 
 # ---- norms
@@ -231,12 +227,14 @@ def block_factor(std, filters, lo, j, mask, NORMS: tl.constexpr, MATH: tl.conste
 
 @triton.jit
 def noise_range(
-    tables, chunk, axes, w, source, saved, aligned, std, filters, numbers, moves,
+    tables, chunk, w, source, saved, aligned, std, filters, numbers, moves,
     NORMS: tl.constexpr, MEASURED: tl.constexpr, FORM: tl.constexpr, SOURCE: tl.constexpr, TYPES: tl.constexpr,
 ):  # fmt: skip
     """``saved = w; w += std n z`` on a chunk, and with ``MEASURED`` what its half-precision weights made of that."""
     lo, n, bits = chunk.lo, chunk.n, bits_of_chunk(tables, chunk)
-    SIZE: tl.constexpr = TYPES.block if TYPES.math == tl.float64 else TYPES.block // 2
+    # Random words need many registers. Beside masks and sums in fp64 they leave room for 512 entries, as beside fp64 numbers.
+    SMALL: tl.constexpr = TYPES.math == tl.float64 or (MEASURED and FORM.masked)
+    SIZE: tl.constexpr = 512 if SMALL else TYPES.block // 2
     LANE: tl.constexpr = 128 // TYPES.w.primitive_bitwidth
     MATH: tl.constexpr = TYPES.math
     o, q = tl.arange(0, SIZE), (numbers.first >> 2) + tl.arange(0, SIZE // 4)
@@ -258,22 +256,41 @@ def noise_range(
     w, source = elements(w, lo, TYPES.w, False), elements(source, lo, SOURCE.w, False)
     saved = elements(saved, lo, SOURCE.w, False)
     before = (numbers.first & 3).to(tl.int32)  # entries of the first four that are not the chunk's
-    if FORM.strided:
-        before = tl.where(numbers.strided, 0, before)
     for i in range(n_wide, tl.cdiv(n + before, SIZE)):
         j = i * SIZE + o - before
         inside = (j >= 0) & (j < n)
         factor = block_factor(std, filters, lo, j, inside, NORMS, MATH)
-        if FORM.strided:
-            if numbers.strided:
-                z = normals(numbers.first + row_major(axes, tables, chunk, j), seed, t, stream)
-            else:
-                z = normals_of_fours(q + i * (SIZE // 4), seed, t, stream)
-        else:
-            z = normals_of_fours(q + i * (SIZE // 4), seed, t, stream)
+        z = normals_of_fours(q + i * (SIZE // 4), seed, t, stream)
         z = tl.where(inside, z, 0.0)  # what is not there does not move
         moved_sq, moved_eps, eps_sq = noise_block(
             w, source, saved, bits, j, inside, factor, z, moves, moved_sq, moved_eps, eps_sq,
+            MEASURED, LANE, FORM, TYPES,
+        )  # fmt: skip
+    if MEASURED:
+        write_measured(tables, chunk, tl.sum(moved_sq, 0), tl.sum(moved_eps, 0), tl.sum(eps_sq, 0))
+
+
+@triton.jit
+def strided_range(
+    tables, chunk, axes, w, source, saved, std, filters, numbers, moves,
+    NORMS: tl.constexpr, MEASURED: tl.constexpr, FORM: tl.constexpr, SOURCE: tl.constexpr, TYPES: tl.constexpr,
+):  # fmt: skip
+    """The same where memory is not in row-major order. ``numbers.first`` is the place of the tensor's first entry."""
+    lo, n, bits = chunk.lo, chunk.n, bits_of_chunk(tables, chunk)
+    SIZE: tl.constexpr = 512  # half as many: words, axes and filters of each entry are in registers
+    LANE: tl.constexpr = 128 // TYPES.w.primitive_bitwidth
+    w, source = elements(w, lo, TYPES.w, False), elements(source, lo, SOURCE.w, False)
+    saved = elements(saved, lo, SOURCE.w, False)
+    moved_sq = tl.zeros((SIZE // LANE,), tl.float64)
+    moved_eps = tl.zeros((SIZE // LANE,), tl.float64)
+    eps_sq = tl.zeros((SIZE // LANE,), tl.float64)
+    for i in range(tl.cdiv(n, SIZE)):
+        j = i * SIZE + tl.arange(0, SIZE)
+        factor = block_factor(std, filters, lo, j, j < n, NORMS, TYPES.math)
+        flat = numbers.first + row_major(axes, tables, chunk, j)
+        z = tl.where(j < n, normals(flat, numbers.seed, numbers.t, numbers.stream), 0.0)
+        moved_sq, moved_eps, eps_sq = noise_block(
+            w, source, saved, bits, j, j < n, factor, z, moves, moved_sq, moved_eps, eps_sq,
             MEASURED, LANE, FORM, TYPES,
         )  # fmt: skip
     if MEASURED:
@@ -291,8 +308,8 @@ def apply_chunk(
     if FORM.strided:
         strided = tl.load(axes + t + 1) > tl.load(axes + t)
     first = tl.where(strided, first, first + chunk.lo)
-    numbers = Numbers(tl.load(counts + SEED), tl.load(counts + T), tl.load(counts + STREAM), first, strided)
-    aligned = ((((w | source | saved) & 15) | (first & 3)) == 0) & (strided == 0)
+    numbers = Numbers(tl.load(counts + SEED), tl.load(counts + T), tl.load(counts + STREAM), first)
+    aligned = (((w | source | saved) & 15) | (first & 3)) == 0
     filters = filters_of(tables, norms, t)
     MEASURED: tl.constexpr = FORM.halves and TYPES.w.primitive_bitwidth == 16
     if FORM.halves and ((saved == 0) | (not MEASURED)):
@@ -311,10 +328,17 @@ def apply_chunk(
         for whose in tl.static_range(3):
             if (FORM.norms >> whose) & 1:
                 if wanted == whose:
-                    noise_range(
-                        tables, chunk, axes, w, source, saved, aligned, std, filters, numbers, moves,
-                        whose, MEASURED, FORM, SOURCE, TYPES,
-                    )  # fmt: skip
+                    if FORM.strided:
+                        if strided:
+                            strided_range(
+                                tables, chunk, axes, w, source, saved, std, filters, numbers, moves,
+                                whose, MEASURED, FORM, SOURCE, TYPES,
+                            )  # fmt: skip
+                    if strided == 0:
+                        noise_range(
+                            tables, chunk, w, source, saved, aligned, std, filters, numbers, moves,
+                            whose, MEASURED, FORM, SOURCE, TYPES,
+                        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_tensors", "n_chunks", "n_all_chunks", "n_runs", "n_norms"])
