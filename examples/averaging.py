@@ -10,15 +10,17 @@ import samkern
 torch.manual_seed(0)
 x = torch.randn(512, 8)
 y = (x[:, 0] * x[:, 1] > 0).long()
+wrong = torch.rand(512) < 0.1
+y[wrong] = 1 - y[wrong]
 x_test = torch.randn(2048, 8)
 y_test = (x_test[:, 0] * x_test[:, 1] > 0).long()
-loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=64, shuffle=True)
+loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=32, shuffle=True)
 
-model = nn.Sequential(nn.Linear(8, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 2))
+model = nn.Sequential(nn.Linear(8, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 2))
 opt = samkern.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.05, model=model)
-n_epochs, first = 30, 20
+n_epochs, first = 18, 12
 swa = samkern.SWA(opt, start=first * len(loader))
-cosine, constant = CosineAnnealingLR(opt, n_epochs), SWALR(opt, swa_lr=0.05, anneal_epochs=2)
+cosine, constant = CosineAnnealingLR(opt, n_epochs), SWALR(opt, swa_lr=0.2, anneal_epochs=2)
 
 
 def accuracy():
@@ -40,7 +42,7 @@ for epoch in range(n_epochs):
 
         opt.step(closure)
     (cosine if epoch < first else constant).step()
-    if epoch == 24:
+    if epoch == 14:
         last = accuracy()
         with swa.swapped(model):
             samkern.update_bn(model, loader)

@@ -84,7 +84,8 @@ def test_the_window_on_hand_made_curves(curve, on_host):
     assert swad.converged == converged
     walk.assert_averages(chosen)
     before = [x.clone() for x in swad.averages]
-    walk.segment(1)  # nothing is taken in any more
+    assert swad.due() is None  # nothing is taken in any more
+    walk.segment(1)
     assert swad.validate(0.0)
     swad.finish()
     assert same_bits(swad.averages, before)
