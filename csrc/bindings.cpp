@@ -33,7 +33,7 @@ const std::vector<std::string> kReportFields = {"grad_norm",     "second_norm", 
 // how many weights are in it, decay, warmup
 using AverageTuple = std::tuple<Tensor, std::optional<double>, bool>;
 // seed, step, draw
-using NoiseTuple = std::tuple<uint64_t, uint32_t, uint32_t>;
+using NoiseTuple = std::tuple<py::int_, uint32_t, uint32_t>;
 // grad_scale, found_inf
 using ScalingTuple = std::tuple<std::optional<Tensor>, std::optional<Tensor>>;
 
@@ -292,7 +292,9 @@ class Plan {
                          .from_saved = another,
                          .norms_known = known,
                          .report = report.mutable_data_ptr<double>()};
-    std::tie(options.seed, options.t, options.draw) = noise;
+    options.seed = PyLong_AsUnsignedLongLongMask(std::get<0>(noise).ptr());
+    options.t = std::get<1>(noise);
+    options.draw = std::get<2>(noise);
     const Tensor table = table_of(groups, options.climb_table);
     {
       py::gil_scoped_release unlocked;
