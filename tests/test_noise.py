@@ -91,6 +91,7 @@ def both(fast, w, std=0.3, saved=None, **options):
 
 def alike(a, b):
     """Equal bits. Where norms go in, float64 but for a last place: torch does not round every square root correctly."""
+
     def equal(x, y):
         return torch.allclose(x, y, rtol=1e-14, atol=1e-15) if x.dtype == FP64 else same_bits([x], [y])
 

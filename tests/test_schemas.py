@@ -175,7 +175,10 @@ def test_reading_the_device_in_a_compiled_region():
         ("n_nan must be one int64", lambda op, w: op.topk_mask_([w], 1, torch.zeros(4).byte(), torch.zeros(1))),
         (r"k must be in \[0, 6\]", lambda op, w: op.topk_mask_([w], 7, torch.zeros(4).byte(), torch.tensor(0))),
         ("must be contiguous, got", lambda op, w: op.drop_grow_mask_(torch.zeros(4).byte(), [w.t()], 1, 0, 0)),
-        ("expected filter, tensor or given, got up", lambda op, w: op.gaussian_perturb_([w], [w.clone()], 1, 0, 0, 0, 0, "up")),
+        (
+            "expected filter, tensor or given, got up",
+            lambda op, w: op.gaussian_perturb_([w], [w.clone()], 1, 0, 0, 0, 0, "up"),
+        ),
         ("norms go with scale 'given'", lambda op, w: op.gaussian_perturb_([w], [w.clone()], 1, 0, 0, norms=scalar(1))),
         (
             "norms must be contiguous float64 with 3 entries",
