@@ -506,6 +506,25 @@ def test_hooks_that_are_there_get_what_is_not_a_noisy_weight():
     assert sorted(unpacked) == expected
 
 
+def test_a_compiled_model_computes_with_noise_and_compiles_nothing_anew():
+    torch._dynamo.reset()
+    model, twin = own(FP32), own(FP32)
+    compiled = torch.compile(model, backend="aot_eager")
+    opt, other = flat(compiled), flat(twin)
+    for t in range(5):
+        with torch.compiler.set_stance("fail_on_recompile" if t > 2 else "default"):
+            x = adapted.inputs(twin, t)
+            for its_opt, run in ((opt, compiled), (other, twin)):
+                its_opt.zero_grad()
+                with its_opt.perturbed():
+                    run(x).square().sum().backward()
+                its_opt.step()
+                with torch.no_grad():
+                    run(x)
+    for a, b in zip(trained(model), trained(twin), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
 # ---- what goes wrong
 
 

@@ -13,7 +13,7 @@ from ..lora import AdaptedWeight, Adapter, adapted_weights, named_weights
 from ..options import Climb, ClimbGroup, Noise
 from .checks import at_least, at_least_int
 from .engine import SharpnessAware
-from .noisy_layers import NoisyWeight, Scratch, enter
+from .noisy_layers import NoisyForward, NoisyWeight, Scratch, enter
 from .perturbation import Perturbation
 
 
@@ -68,6 +68,7 @@ class MergedNoise(Perturbation):
         self.options = {"sigma": sigma}
         self.check(self.options)
         self._weights = adapted_weights(model) if adapters is None else named_weights(adapters, model)
+        self._forwards = [[NoisyForward(*owner) for owner in x.owners] for x in self._weights]
         self._scratch = Scratch()
 
     def check(self, group: Mapping[str, Any]) -> None:
@@ -88,16 +89,17 @@ class MergedNoise(Perturbation):
         sigmas = {p: group["sigma"] for group in groups for p in group["params"]}
         enter(self._noisy(Noise(self.seed, t, draw), sigmas), until_done)
 
-    def _noisy(self, noise: Noise, sigmas: Mapping[Tensor, float]) -> list[NoisyWeight]:
+    def _noisy(self, noise: Noise, sigmas: Mapping[Tensor, float]) -> list[tuple[NoisyWeight, list[NoisyForward]]]:
         noisy, first = [], 0
         largest = max(x.weight.numel() for x in self._weights)
-        for x in self._weights:
+        for x, forwards in zip(self._weights, self._forwards, strict=True):
             factors = x.factors()
             of_layer = [sigmas[p] for f in factors for p in (f.a, f.b) if p in sigmas]
             std = self.sigma_at(noise.t, max(of_layer)) if of_layer else 0.0
             if std > 0 and x.weight.numel() > 0:
                 norms = x.row_norms(factors) / math.sqrt(x.rows.shape[1])
-                noisy.append(NoisyWeight(x, std, norms, noise, first, self._scratch, largest, self.backend))
+                made = NoisyWeight(x, std, norms, noise, first, self._scratch, largest, self.backend)
+                noisy.append((made, forwards))
             first += x.weight.numel()
         return noisy
 
@@ -136,7 +138,7 @@ class FlatLoRA(SharpnessAware):
         options: further options of ``SharpnessAware`` and of ``base``.
 
     A step costs one forward-backward pair, and noise twice for every entry of W. Memory: the largest W once, in the dtype of
-    the pass, and a number for each row. Give the model before it is compiled: layers with noise run as they are written.
+    the pass, and a number for each row. In a compiled model the layers that have noise run as they are written.
 
     Raises:
         ValueError: an option is out of range; no adapters, or merged, disabled, trained, sharded or offloaded ones.

@@ -7,7 +7,6 @@ which the same noise is made once more when the backward gets there: noise depen
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -88,35 +87,62 @@ class NoisyWeight:
         return stored.dtype
 
 
-@eager
-def _forward(
-    noisy: NoisyWeight, module: nn.Module, name: str, forward: Callable[..., Any], *args: Any, **kw: Any
-) -> Any:
-    """``forward`` of ``module``, which finds the noisy weight under ``name``."""
-    scratch, dtype = noisy.scratch, noisy.dtype_now()
-    # Hooks do not add up: what is not ours goes to those that were there, of a checkpointed block for one. There is no
-    # public way to ask for them.
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+class NoisyForward:
+    """The ``forward`` of a module for the time of a pass. The same object in every pass: a compiled model has one graph for it.
 
-    def pack(x: Tensor) -> Any:
-        kept = scratch.dtype_of(x)
-        if kept is None:
-            return outer[0](x) if outer else x
-        return _Recipe(noisy, kept, x.size(), x.stride(), x.storage_offset())
+    Its layers run as they are written: to a compiler each is a graph break.
+    """
 
-    def unpack(packed: Any) -> Tensor:
-        if isinstance(packed, _Recipe):
-            return packed.follow()
-        found: Tensor = outer[1](packed) if outer else packed
-        return found
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._module, self._name = module, name  # of the weight in the module
+        self._noisy: NoisyWeight | None = None
+        self._forward: Callable[..., Any] | None = None
+        self._before: Callable[..., Any] | None = None
 
-    try:
-        # An entry of its dict hides a module's parameter, which stays where it is.
-        module.__dict__[name] = noisy.make(dtype)
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return forward(*args, **kw)
-    finally:
-        module.__dict__.pop(name, None)
+    def begin(self, noisy: NoisyWeight) -> None:
+        """From now on the module computes with ``noisy``."""
+        self._before, self._forward = self._module.__dict__.get("forward"), self._module.forward
+        self._noisy = noisy
+        self._module.__dict__["forward"] = self
+
+    def end(self) -> None:
+        """The module is as it was. Does nothing if it is."""
+        if self._noisy is None:
+            return
+        self._module.__dict__.pop("forward", None)
+        if self._before is not None:
+            self._module.__dict__["forward"] = self._before
+        self._noisy = self._forward = self._before = None
+
+    @eager
+    def __call__(self, *args: Any, **kw: Any) -> Any:
+        noisy, forward = self._noisy, self._forward
+        if noisy is None or forward is None:
+            raise RuntimeError("a layer was called by the forward that it had within a pass, which is over")
+        scratch, dtype = noisy.scratch, noisy.dtype_now()
+        # Hooks do not add up: what is not ours goes to those that were there, of a checkpointed block for one. There is no
+        # public way to ask for them.
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+        def pack(x: Tensor) -> Any:
+            kept = scratch.dtype_of(x)
+            if kept is None:
+                return outer[0](x) if outer else x
+            return _Recipe(noisy, kept, x.size(), x.stride(), x.storage_offset())
+
+        def unpack(packed: Any) -> Tensor:
+            if isinstance(packed, _Recipe):
+                return packed.follow()
+            found: Tensor = outer[1](packed) if outer else packed
+            return found
+
+        try:
+            # An entry of its dict hides a module's parameter, which stays where it is.
+            self._module.__dict__[self._name] = noisy.make(dtype)
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+                return forward(*args, **kw)
+        finally:
+            self._module.__dict__.pop(self._name, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,18 +159,9 @@ class _Recipe:
         return self.noisy.make(self.dtype).as_strided(self.size, self.stride, self.offset)
 
 
-def enter(noisy: Sequence[NoisyWeight], until_done: ExitStack) -> None:
-    """From now on until ``until_done`` is closed, the modules compute with noise."""
-    before: list[tuple[nn.Module, Any]] = []
-
-    def leave() -> None:
-        for module, forward in before:
-            module.__dict__.pop("forward", None)
-            if forward is not None:
-                module.__dict__["forward"] = forward
-
-    until_done.callback(leave)
-    for x in noisy:
-        for module, name in x.weight.owners:
-            before.append((module, module.__dict__.get("forward")))
-            module.__dict__["forward"] = functools.partial(_forward, x, module, name, module.forward)
+def enter(noisy: Sequence[tuple[NoisyWeight, Sequence[NoisyForward]]], until_done: ExitStack) -> None:
+    """From now on until ``until_done`` is closed, the modules of each weight compute with its noise."""
+    for weight, forwards in noisy:
+        for forward in forwards:
+            until_done.callback(forward.end)
+            forward.begin(weight)
