@@ -32,6 +32,8 @@ const std::vector<std::string> kReportFields = {"grad_norm",     "second_norm", 
 
 // how many weights are in it, decay, warmup
 using AverageTuple = std::tuple<Tensor, std::optional<double>, bool>;
+// seed, step, draw
+using NoiseTuple = std::tuple<py::int_, uint32_t, uint32_t>;
 // grad_scale, found_inf
 using ScalingTuple = std::tuple<std::optional<Tensor>, std::optional<Tensor>>;
 
@@ -217,11 +219,10 @@ class Plan {
     if (average) {
       const Tensor& p = params_.at(index);
       const at::ScalarType dtype = p.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-      TORCH_CHECK_VALUE(
-          average->scalar_type() == dtype && average->device() == p.device() && same_layout(*average, p),
-          "the average of parameter ", index, " must be ", dtype, " of shape ", p.sizes(), " with strides ",
-          p.strides(), " on ", p.device(), ", got ", average->scalar_type(), " ", average->sizes(), " ",
-          average->strides(), " on ", average->device());
+      TORCH_CHECK_VALUE(average->scalar_type() == dtype && average->device() == p.device() && same_layout(*average, p),
+                        "the average of parameter ", index, " must be ", dtype, " of shape ", p.sizes(),
+                        " with strides ", p.strides(), " on ", p.device(), ", got ", average->scalar_type(), " ",
+                        average->sizes(), " ", average->strides(), " on ", average->device());
     }
     average_.at(index) = std::move(average).value_or(Tensor());
   }
@@ -283,6 +284,43 @@ class Plan {
     if (known || momentum_sq_known_ || is_partial()) return;
     copy_sums(kAA, momentum_sq_);
     momentum_sq_known_ = true;
+  }
+
+  // The same along noise, by the norms of the weights. While they are perturbed so, another draw starts from the saved
+  // ones.
+  void perturb_by_noise(const std::vector<ClimbTuple>& climbs, const Tensor& report, const NoiseTuple& noise) {
+    PlanView& plan = tables_.view;
+    const std::vector<ClimbGroup> groups = groups_of(climbs);
+    std::vector<Climb> kinds;
+    for (const ClimbGroup& group : groups) kinds.push_back(group.climb);
+    const bool another = perturbed_, known = another && kinds == noise_kinds_;
+    bind_weights();
+    if (!another) {
+      for (size_t t = 0; t < params_.size(); ++t) plan.first[t] = params_[t].requires_grad() ? plan.w[t] : Operand{};
+      bind_saved(groups);
+    }
+    bind_masks();
+    tables_.use_filters();
+    NoiseOptions options{.climbs = groups.data(),
+                         .n_groups = static_cast<int32_t>(groups.size()),
+                         .from_saved = another,
+                         .norms_known = known,
+                         .report = report.mutable_data_ptr<double>()};
+    options.seed = PyLong_AsUnsignedLongLongMask(std::get<0>(noise).ptr());
+    options.t = std::get<1>(noise);
+    options.draw = std::get<2>(noise);
+    const Tensor table = table_of(groups, options.climb_table);
+    {
+      py::gil_scoped_release unlocked;
+      if (device_) {
+        device_functions()->perturb_by_noise(device_->upload(plan), options, index());
+      } else {
+        cpu::perturb_by_noise(plan, options, torch_pool());
+      }
+    }
+    noise_kinds_ = std::move(kinds);
+    perturbed_ = true;
+    for (const Tensor& p : params_) bump_version(p);
   }
 
   // Undoes perturb(): weights bitwise, gradients if they were kept.
@@ -374,18 +412,23 @@ class Plan {
   int index() const { return params_[0].get_device(); }
   int64_t n_tensors() const { return static_cast<int64_t>(params_.size()); }
 
-  // Saves the weights and moves them by the directions in plan.first.
-  void climb(const std::vector<ClimbTuple>& climbs, PerturbOptions options, const Tensor& report) {
+  std::vector<ClimbGroup> groups_of(const std::vector<ClimbTuple>& climbs) const {
     std::vector<ClimbGroup> groups;
     for (const auto& [climb, rho, eta, trust_clip, on_device] : climbs) {
       groups.push_back({static_cast<Climb>(climb), scalar(rho, on_device, "rho"), eta, trust_clip});
-      if (groups.back().climb == Climb::kFilter) tables_.use_filters();
+    }
+    return groups;
+  }
+
+  // Saves the weights and moves them by the directions in plan.first.
+  void climb(const std::vector<ClimbTuple>& climbs, PerturbOptions options, const Tensor& report) {
+    const std::vector<ClimbGroup> groups = groups_of(climbs);
+    if (std::any_of(groups.begin(), groups.end(), [](const ClimbGroup& g) { return g.climb == Climb::kFilter; })) {
+      tables_.use_filters();
     }
     PlanView& plan = tables_.view;
     bind_saved(groups);
-    for_tensors(mask_.size(), [&](size_t t) {
-      plan.mask[t] = {mask_[t].defined() && plan.numel[t] > 0 ? mask_[t].data_ptr() : nullptr, Dtype::kFloat32};
-    });
+    bind_masks();
     options.climbs = groups.data();
     options.n_groups = static_cast<int32_t>(groups.size());
     options.report = report.mutable_data_ptr<double>();
@@ -549,6 +592,13 @@ class Plan {
     for_tensors(tensors.size(), [&](size_t t) { row[t] = tensors[t].defined() ? operand(tensors[t]) : Operand{}; });
   }
 
+  void bind_masks() {
+    for_tensors(mask_.size(), [&](size_t t) {
+      const bool is_masked = mask_[t].defined() && tables_.view.numel[t] > 0;
+      tables_.view.mask[t] = {is_masked ? mask_[t].data_ptr() : nullptr, Dtype::kFloat32};
+    });
+  }
+
   // Room for the saved weights of every tensor that is about to be perturbed, kept from step to step.
   void bind_saved(const std::vector<ClimbGroup>& groups) {
     constexpr int64_t kAlign = 64;
@@ -577,6 +627,7 @@ class Plan {
     for_tensors(params_.size(), [&](size_t t) { bump_version(params_[t]); });
     if (gave_gradients_) first_.assign(params_.size(), Tensor());
     perturbed_ = gave_gradients_ = false;
+    noise_kinds_.clear();
   }
 
   py::list objects_;
@@ -595,6 +646,7 @@ class Plan {
   bool momentum_sq_known_ = false;
   py::object add_up_ = py::none();
   uint64_t momentum_versions_ = 0;
+  std::vector<Climb> noise_kinds_;  // of the groups, whose norms are known while weights are perturbed by noise
   bool perturbed_ = false, gave_gradients_ = false;
 };
 
@@ -629,6 +681,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::arg("scaling") = samkern::ScalingTuple(), py::arg("renormalise") = false)
       .def("perturb_along_momentum", &Plan::perturb_along_momentum, py::arg("climbs"), py::arg("report"),
            py::arg("renormalise") = false)
+      .def("perturb_by_noise", &Plan::perturb_by_noise, py::arg("climbs"), py::arg("report"), py::arg("noise"))
       .def("restore", &Plan::restore)
       .def("update", &Plan::update, py::arg("base"), py::arg("groups"), py::arg("mix"), py::arg("looked"),
            py::arg("check"), py::arg("max_grad_norm"), py::arg("report"), py::arg("scaling") = samkern::ScalingTuple(),

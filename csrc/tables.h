@@ -56,12 +56,13 @@ class Tables {
 
   std::vector<Operand> operands_;
   std::vector<uint8_t> fresh_;
-  std::vector<int64_t> numel_, flat_, chunk_cost_;
-  std::vector<int32_t> group_, chunk_tensor_, chunk_index_, first_chunk_;
+  std::vector<int64_t> numel_, flat_, slices_, chunk_cost_;
+  std::vector<int32_t> group_, chunk_tensor_, chunk_index_, first_chunk_, first_dim_;
+  std::vector<Dim> dims_;
   std::vector<Filters> filters_;
   std::vector<FilterRun> filter_runs_;
   std::vector<double> workspace_, filter_sums_;
-  int64_t n_filters_ = 0, chunk_;
+  int64_t n_filters_ = 0, n_slices_ = 0, chunk_;
 };
 
 }  // namespace samkern

@@ -5,14 +5,18 @@ import warnings
 __version__ = "0.1.0"
 
 from . import fisher, history, ops, optim, sharpness
+from .archive import LogitArchive
 from .backends import NotBuiltError, backends, info, native, use_backend
 from .batchnorm import frozen_running_stats
 from .bitmask import BitMask
 from .fisher import SampleLosses
+from .lora import Adapter
+from .losses import Indexed, MESALoss, SAFLoss
 from .optim import (
     AESAM,
     ARSAM,
     ASAM,
+    BAR,
     EMA,
     GRST,
     LETSASAM,
@@ -27,8 +31,10 @@ from .optim import (
     SWAD,
     WASAM,
     AELookSAM,
+    FlatLoRA,
     LookLayerSAM,
     LookSAM,
+    LoRASAM,
     SAMk,
     SharpnessAware,
 )
@@ -41,6 +47,7 @@ __all__ = [
     "AESAM",
     "ARSAM",
     "ASAM",
+    "BAR",
     "EMA",
     "GRST",
     "LETSASAM",
@@ -55,10 +62,17 @@ __all__ = [
     "SWAD",
     "WASAM",
     "AELookSAM",
+    "Adapter",
     "BitMask",
+    "FlatLoRA",
+    "Indexed",
+    "LoRASAM",
+    "LogitArchive",
     "LookLayerSAM",
     "LookSAM",
+    "MESALoss",
     "NotBuiltError",
+    "SAFLoss",
     "SAMk",
     "SampleLosses",
     "SharpnessAware",

@@ -15,6 +15,11 @@ class Climb(IntEnum):
 
     EUCLIDEAN, SIGN, ELEMENT, FILTER, LAYER, LARS, LAYER_SIGN, TRUST, NOISE_FILTER, NOISE_TENSOR = range(10)
 
+    @property
+    def along_gradient(self) -> bool:
+        """Whether the direction is made from a gradient, or from what is in its place."""
+        return self < Climb.NOISE_FILTER
+
 
 class Mix(IntEnum):
     """What the base optimizer receives, ``u``, and what is kept. ``g`` is the gradient at ``w``, ``g_s`` at ``w + eps``.

@@ -48,6 +48,19 @@ def unchanged_buffers(module: nn.Module) -> Iterator[None]:
                     (x.data if x._version == version else x).copy_(copy)
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """In the block, all of ``module`` is in evaluation mode. Afterwards modes are as before."""
+    training = [m for m in module.modules() if m.training]
+    try:
+        for m in training:
+            m.training = False
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
 def _keeps_statistics(module: nn.Module) -> bool:
     return (isinstance(module, _NormBase) and module.track_running_stats) or has_running_stats(module)
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from samkern.options import Climb
+
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (FP32, FP64, BF16, FP16)
 CHUNK = 65_536
+CLIMBS = [climb for climb in Climb if climb.along_gradient]
 
 
 def affordable(backend: str, usual: int, on_cpu: int) -> int:

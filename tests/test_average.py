@@ -20,7 +20,7 @@ from samkern.optim.companion import RunningAverage
 from samkern.options import AverageOptions, Base, Mix, MixOptions, Report, Scope
 from samkern.plan import Kept, make_plan
 
-from . import emulator
+from . import emulator, sharded
 from .lists import BF16, DTYPES, FP16, FP32, FP64, affordable, clones, dtype_name, same_bits
 from .methods import BASES, base_named, method_named
 from .problems import closure_for, make_net, train, weights
@@ -151,23 +151,21 @@ def test_the_same_bits_by_any_number_of_threads():
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
-def test_the_most_recent_bits_of_a_gain(backend):
-    """Counts that float32 does not hold; a decay so small that its gain is 1 in float32, but no copy."""
-    w, g = [nn.Parameter(torch.randn(3, 5))], torch.zeros(3, 5)
-    kept = Kept(w)
-    plan, average = make_plan(backend, w, [0], kept), torch.randn(3, 5)
+@pytest.mark.parametrize("dtype", [FP32, FP64, BF16], ids=dtype_name)
+def test_gains_that_are_hard_to_hold(dtype, backend):
+    """Counts beyond the whole numbers of float32 and float64; a gain that is 1 in float32 only, and so is no copy."""
+    w = nn.Parameter(torch.randn(3, 5).to(dtype))
+    plan, average = make_plan(backend, [w], [0], Kept([w])), torch.randn(3, 5).to(reference.math_dtype(dtype))
     plan.bind_state({}, ("momentum_buffer",))
     plan.bind_average(0, average)
-    for m, decay, warmup in [(2**53 + 1, None, False), (2**40, 0.999999, True), (3, 1e-12, False), (7, 1.0, True)]:
-        taken, before = torch.tensor([m]), average.clone()
-        options = AverageOptions(taken, decay, warmup)
-        reference.average([before], [w[0].detach()], reference.average_gain(*options))
-        w[0].grad = g
-        report = torch.zeros(len(Report), dtype=FP64)
+    for m, decay, warmup in [(2**53 + 1, None, False), (2**30, 1 - 1e-9, True), (3, 1e-12, False), (7, 1.0, True)]:
+        taken, expected = torch.tensor([m]), average.clone()
+        options, w.grad = AverageOptions(taken, decay, warmup), torch.randn(3, 5).to(dtype)
+        gain, report = reference.average_gain(*options), torch.zeros(len(Report), dtype=FP64)
         plan.update(Base.SGD, [SGD._replace(momentum=0.0)], PLAIN, False, True, 0.0, report, average=options)
-        reference.average_gain(*options)
+        reference.average([expected], [w.detach()], gain)
+        assert same_bits([average], [expected])
         assert int(taken) == m + 1
-        w[0].add_(torch.randn(3, 5))
 
 
 @pytest.mark.parametrize(
@@ -319,22 +317,24 @@ def test_one_pass(backend):
 
 
 @torch.enable_grad()
-def test_two_averages_and_other_parameters(backend):
-    """One of them in the pass; both go on with a group that comes later, and with another plan."""
-    net, averages = make_net(FP32), [Average(), Average(0.9)]
+def test_two_averages_and_another_plan(backend):
+    """One of them in the pass, the other after it; a group that comes later makes another plan, which is told of them."""
+    net, mean, other, snapshots = make_net(FP32), Average(), Average(0.9), []
     params = list(net.parameters())
     opt = method_named("SAM").make(params[:4], base_named("momentum"), backend=backend)
-    for average in averages:
-        opt.attach(average)
-    train(net, opt, range(2), FP32)
-    first = weights(net)
-    opt.add_param_group({"params": params[4:]})
-    opt.detach(averages[1])
-    train(net, opt, range(2, 4), FP32)
-    assert [int(x.taken) for x in averages] == [4, 2]
-    assert same_bits(averages[1].tensors(params[:4])[:0], [])
-    assert (averages[1].averages[params[0]] - first[0]).norm() < first[0].norm()
-    assert set(averages[0].averages) == set(params)
+    opt.attach(mean)
+    opt.attach(other)
+    for t in range(4):
+        if t == 2:
+            opt.detach(other)
+            opt.add_param_group({"params": params[4:]})
+        train(net, opt, [t], FP32)
+        snapshots.append(weights(net)[0])
+    for average, n in ((mean, 4), (other, 2)):
+        wanted = expected_average(snapshots[:n], average.decay, False)
+        assert (average.averages[params[0]] - wanted).norm() <= 1e-6 * wanted.norm()
+        assert int(average.taken) == n
+    assert set(mean.averages) == set(params)
 
 
 @torch.enable_grad()
@@ -358,3 +358,30 @@ def test_a_step_with_an_average_can_be_recorded():
         opt.step(closure)
         opt.step(closure)
     assert int(average.taken) == 5
+
+
+def averages_of_parts(backend, on_ranks):
+    """Of each tensor whole, after five steps, one of them skipped; each rank has some rows, or none."""
+    case = sharded.Case(samkern.SAM, {"rho": 0.1}, poisoned=(2, 1), missing=(3, 0), dtypes=(FP64, FP32))
+    values, average = sharded.initial(case), Average()
+    if on_ranks:
+        mesh, placements = sharded.rows(2)
+        values = [sharded.spread(x, mesh, placements(i, x)) for i, x in enumerate(values)]
+    params = [nn.Parameter(x) for x in values]
+    opt = case.make(params, backend=backend)
+    opt.attach(average)
+    sharded.take_steps(case, params, range(case.n_steps), opt)
+    return int(average.taken), [sharded.whole(x) for x in average.tensors(params)]
+
+
+@torch.enable_grad()
+@pytest.mark.takes(5)
+@pytest.mark.parametrize("backend", ["reference", *(["cpu"] if native is not None else [])])
+def test_of_parts(ranks, backend):
+    taken, expected = averages_of_parts(backend, on_ranks=False)
+    assert taken == 4
+    for n, averages in ranks.run(2, averages_of_parts, backend, True, timeout=100):
+        assert n == taken
+        for x, y in zip(averages, expected, strict=True):
+            error = 1e-12 if x.dtype == FP64 else 1e-6
+            torch.testing.assert_close(x, y, rtol=error, atol=error)

@@ -42,7 +42,7 @@ def python(*arguments, **environment):
 
 
 INTERPRETED = {
-    "test_interpreted": ("-x", *(f"tests/triton_{name}interpreted.py" for name in ("", "lists_", "masks_"))),
+    "test_interpreted": ("-x", *(f"tests/triton_{name}interpreted.py" for name in ("", "lists_", "masks_", "noise_"))),
     "test_as_a_backend_of_all_tests": (
         *("--durations=20", "-k", "triton"),
         *(f"--ignore-glob=*_{name}.py" for name in ("triton", "gpu", "docs")),
@@ -72,7 +72,7 @@ def interpreted(request):
         yield run
 
 
-@pytest.mark.takes(100)
+@pytest.mark.takes(140)
 def test_interpreted(interpreted):
     """Whole optimizers, half-steps and list ops against the reference, bit by bit."""
     result = interpreted("test_interpreted")
@@ -90,7 +90,7 @@ def test_as_a_backend_of_all_tests(interpreted, record_property):
     record_property("triton", n_passed)
 
 
-# What most training runs; SAMKERN_ALL_KERNELS=1 compiles every variant (6 minutes on 2 cores).
+# What most training runs; SAMKERN_ALL_KERNELS=1 compiles every variant (9 minutes on 2 cores).
 USUAL = [
     "perturb-EUCLIDEAN-float32",
     "perturb-EUCLIDEAN-bfloat16",
@@ -131,6 +131,10 @@ USUAL = [
     "update-SGD-BLEND-float32-clipped",
     "update-SGD-GRADIENT-float32-tracked",
     "perturb-EUCLIDEAN-float32-momentum-known",
+    "noise-filter-float32-strided",
+    "noise-tensor-bfloat16",
+    "list_noise-float32-given",
+    "update-SGD-GRADIENT-float32-averaged",
 ]
 
 
@@ -164,10 +168,15 @@ def test_nothing_spills(compiled):
     """By the cubin's own account. As many registers as the launch counts on, or its programs are not all resident.
 
     8 bytes are one number that Triton 3.6 parks for sm_90 while a launch reduces or a chunk begins, outside of its loops.
-    Beside a histogram, for which it takes a register for every 32 bins, and in masked climbs by filter it parks 16.
+    Beside a histogram, for which it takes a register for every 32 bins, and in masked climbs by filter it parks 16; in noise
+    by filter on half types that are not row-major 32.
     """
-    crowded = ("histogram", "perturb-FILTER")
-    assert [fact for fact in compiled if fact["stack"] > (16 if fact["name"].startswith(crowded) else 8)] == []
+    parked = {"histogram": 16, "perturb-FILTER": 16, "noise-filter-bfloat16-strided": 32}
+
+    def allowed(name):
+        return next((n for start, n in parked.items() if name.startswith(start)), 8)
+
+    assert [fact for fact in compiled if fact["stack"] > allowed(fact["name"])] == []
     assert [fact for fact in compiled if fact["registers"] > fact["limit"]] == []
     lean = [fact for fact in compiled if fact["name"] in LEAN]
     assert len(lean) == 2 * len(LEAN)
@@ -184,6 +193,8 @@ OPERANDS = {
     "perturb": (2, 2),
     "update": (2, 1),
     "restore": (1, 1),
+    "noise": (3, 1),
+    "list_noise": (1, 1),
     "list_norms": (3, 0),
     "list_difference": (4, 0),
     "list_perturb": (2, 2),
@@ -210,6 +221,8 @@ def test_accesses_are_wide(compiled):
             operands = (5, 3)
         if fact["name"].startswith(("histogram", "mark", "settle")) and "float32" in fact["name"]:
             operands = (1 if fact["name"].endswith("first") else 5, 0)
+        if "noise" in fact["name"] and "bfloat16" in fact["name"]:
+            operands = (0, 0)  # by 8 bytes: for more there are too few entries under way
         assert (fact["wide_loads"], fact["wide_stores"]) >= operands, fact
         assert fact["wide_stores"] >= operands[1], fact
 
@@ -252,13 +265,15 @@ def test_launches():
     masks = ["topk_mask", "drop_grow_mask", "drop_grow_mask"]
     masked = ["fisher_accumulate", "masked_norms", "masked_perturb", "masked_half_step"]
     momentum = [*(3 * ["climb_along_momentum", "tracked_update"]), "weighted_update"]
-    assert [name for name, _, _ in lines] == 3 * steps + lists + updates + masks + masked + momentum
+    noise = [*(2 * ["perturb_by_noise"]), "another_draw", *(2 * ["averaged_update"]), *(2 * ["gaussian_perturb"])]
+    assert [name for name, _, _ in lines] == 3 * steps + lists + updates + masks + masked + momentum + noise
     selections = {"topk_mask": "5", "drop_grow_mask": "10"}
     assert all(n_launches == selections.get(name, "1") for name, n_launches, _ in lines)
     assert [int(n) for name, _, n in lines if name == "drop_grow_mask"][1] == 0
     n_compiled = [int(n) for _, _, n in lines]
     assert n_compiled[:12] == [1, 1, 0, 1] + [0] * 8
-    assert n_compiled[-7:] == [1, 1, 1, 0, 0, 0, 1]
+    assert n_compiled[-14:-7] == [1, 1, 1, 0, 0, 0, 1]
+    assert n_compiled[-7:] == [1, 0, 1, 1, 0, 1, 0]
 
 
 def test_importing_samkern_does_not_import_triton():

@@ -14,7 +14,19 @@ from torch import nn
 
 import samkern
 from samkern import reference
-from samkern.options import UNSCALED, Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report, Scaling, Scope
+from samkern.options import (
+    UNSCALED,
+    AverageOptions,
+    Base,
+    BaseGroup,
+    Climb,
+    ClimbGroup,
+    Mix,
+    MixOptions,
+    Report,
+    Scaling,
+    Scope,
+)
 from samkern.plan import Kept
 from samkern.reference_plan import ReferencePlan
 from samkern.triton_kernels import TritonPlan, common, tables
@@ -25,6 +37,7 @@ from samkern.triton_kernels.tables import DeviceTables
 from .lists import (
     BF16,
     CHUNK,
+    CLIMBS,
     DTYPES,
     FP16,
     FP32,
@@ -39,7 +52,7 @@ from .lists import (
 from .methods import BASES, METHODS, MOMENTUM, base_named, method_named
 
 HALVES = [FP32, BF16, FP16]
-each_climb = pytest.mark.parametrize("climb", list(Climb), ids=lambda climb: climb.name.lower())
+each_climb = pytest.mark.parametrize("climb", CLIMBS, ids=lambda climb: climb.name.lower())
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 
 # Empty, 0-d, around a block, with and without filters; every dtype once with each of them.
@@ -418,14 +431,14 @@ def float32(value):
 class Steps:
     """A plan with all that it needs, made the same every time, and what is to be the same after steps on it."""
 
-    def __init__(self, base, dtypes=(FP32,), n_groups=1):
+    def __init__(self, base, dtypes=(FP32,), n_groups=1, shapes=FEW_SHAPES):
         torch.manual_seed(0)
         self.base = base
         self.params = [
-            nn.Parameter(0.3 * torch.randn(shape).to(dtypes[i % len(dtypes)])) for i, shape in enumerate(FEW_SHAPES)
+            nn.Parameter(0.3 * torch.randn(shape).to(dtypes[i % len(dtypes)])) for i, shape in enumerate(shapes)
         ]
         self.kept = Kept(self.params)
-        group = [i % n_groups for i in range(len(FEW_SHAPES))]
+        group = [i % n_groups for i in range(len(shapes))]
         self.plan = TritonPlan(self.params, group, self.kept.cache_norm, self.kept.fresh, self.kept.skips)
         state = {
             p: {
@@ -450,7 +463,7 @@ class Steps:
             p.grad = None if i == 1 and which == t % 2 else grad
 
     @torch.no_grad()
-    def step(self, t, climbs, groups, mix=PLAIN, scaling=UNSCALED, factor=1.0, check=True, clip=0.0):
+    def step(self, t, climbs, groups, mix=PLAIN, scaling=UNSCALED, factor=1.0, check=True, clip=0.0, average=None):
         self.reports.append(poisoned_report())
         looks = mix.mix != Mix.REUSE
         if looks:
@@ -459,7 +472,7 @@ class Steps:
             self.climbed += clones([p.detach() for p in self.params])
         self.backward(t, 1, factor)
         groups = () if self.base == Base.NONE else groups
-        self.plan.update(self.base, groups, mix, looks, check, clip, self.reports[-1], scaling)
+        self.plan.update(self.base, groups, mix, looks, check, clip, self.reports[-1], scaling, average)
 
     @property
     def results(self):
@@ -470,7 +483,7 @@ class Steps:
 
 @pytest.mark.parametrize(
     ("climb", "base"),
-    [*((climb, Base.SGD) for climb in Climb), (Climb.EUCLIDEAN, Base.ADAM), (Climb.EUCLIDEAN, Base.ADAMW)],
+    [*((climb, Base.SGD) for climb in CLIMBS), (Climb.EUCLIDEAN, Base.ADAM), (Climb.EUCLIDEAN, Base.ADAMW)],
 )
 def test_lr_and_rho_on_the_device(climb, base):
     """Equal to numbers, follow the tensor, win over the number beside them, and are per group."""
@@ -621,7 +634,7 @@ def test_capturable_makes_tensors_of_lr_and_rho():
 LOOK = [MixOptions(Mix.DECOMPOSE, Scope.GLOBAL, 1e-3), MixOptions(Mix.REUSE, alpha=[0.7])]
 LOOK_TENSOR = [MixOptions(Mix.DECOMPOSE, Scope.TENSOR, 1e-3), MixOptions(Mix.REUSE, Scope.TENSOR, alpha=[0.7])]
 SCALED_METHODS = {
-    **{climb.name.lower(): (climb, [PLAIN]) for climb in Climb},
+    **{climb.name.lower(): (climb, [PLAIN]) for climb in CLIMBS},
     "LookSAM": (Climb.EUCLIDEAN, LOOK),
     "LookSAM_tensor": (Climb.EUCLIDEAN, LOOK_TENSOR),
 }
@@ -697,3 +710,44 @@ def test_found_inf_skips_the_step(method, base, check):
             assert written[report:].tolist() == [1.0, 0.0]
             assert steps.kept.skips == 2
             assert same_bits(before, steps.results[: len(before)])
+
+
+# ---- averages of the weights
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("base", "rule", "dtypes", "n"),
+    [
+        (Base.SGD, (None,), DTYPES, 5),
+        (Base.ADAMW, (0.7,), DTYPES[:1], 2100),
+        (Base.ADAM, (0.99, True), DTYPES[2:3], 2100),
+    ],
+    ids=["mean", "decay", "warmup"],
+)
+def test_an_update_takes_its_weights_into_averages(base, rule, dtypes, n):
+    """As they are stored, after a look and without one, also where no gradient is; a skipped step takes nothing."""
+    steps, found = Steps(base, dtypes, shapes=[(0,), (n,), (40, 2), (n,)]), float32(0.0)
+    taken = torch.zeros(1, dtype=torch.int64)
+    averages = [torch.full_like(p, math.nan, dtype=reference.math_dtype(p.dtype)) for p in steps.params]
+    for i in (0, 1, 3):
+        steps.plan.bind_average(i, averages[i])
+    expected = clones(averages)
+    for t, mix in enumerate([PLAIN, LOOK[0], LOOK[1], PLAIN]):
+        found.fill_(t == 3)
+        gain = reference.average_gain(taken.clone(), *rule)
+        climbs, groups = [ClimbGroup(Climb.EUCLIDEAN, 0.3)], [BaseGroup(0.1, **UPDATE_OPTIONS)]
+        steps.step(t, climbs, groups, mix, Scaling(None, found), average=AverageOptions(taken, *rule))
+        for i in (0, 1, 3) if t < 3 else ():
+            reference.average([expected[i]], [steps.params[i].detach()], gain)
+        assert same_bits(averages, expected)
+    assert taken.tolist() == [3]
+    steps.plan.bind_average(1, None)
+    steps.step(4, climbs, groups, average=AverageOptions(taken, *rule))
+    assert same_bits(averages[1:3], expected[1:3])
+    assert not same_bits(averages[3:], expected[3:])
+
+
+def test_what_counts_averages_is_checked():
+    with pytest.raises(ValueError, match=r"taken must be int64 with one entry on cpu, got torch.float32 \(1,\) on cpu"):
+        Steps(Base.SGD).step(0, [ClimbGroup(Climb.SIGN, 0.1)], [BaseGroup(0.1)], average=AverageOptions(torch.ones(1)))

@@ -12,7 +12,7 @@ from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from samkern.options import Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Report
+from samkern.options import AverageOptions, Base, BaseGroup, Climb, ClimbGroup, Mix, MixOptions, Noise, Report
 from samkern.plan import Kept
 from samkern.triton_kernels import TritonPlan, arguments, launch, masks, ops, plan, tables
 
@@ -116,6 +116,45 @@ def masks_and_climbs():
     show("masked_half_step", made.perturb, [ClimbGroup(Climb.TRUST, 0.1)], False, torch.zeros(len(Report), dtype=FP64))
 
 
+def noise_and_averages():
+    """Neither a seed, a step, a radius nor what is taken in compiles anything; one that starts from what is saved does."""
+    p, report = nn.Parameter(torch.ones(4, 5).t()), torch.zeros(len(Report), dtype=FP64)
+    p.grad, kept, taken = torch.ones(4, 5).t(), Kept([p]), torch.zeros(1, dtype=torch.int64)
+    made = TritonPlan([p], [0], kept.cache_norm, kept.fresh, kept.skips)
+    made.bind_state({}, ("momentum_buffer",))
+    made.bind_average(0, torch.ones(4, 5).t())
+    for t in range(2):
+        show(
+            "perturb_by_noise",
+            made.perturb_by_noise,
+            [ClimbGroup(Climb.NOISE_FILTER, 0.1 * t + 0.1)],
+            report,
+            Noise(-t, t),
+        )
+        made.restore()
+    made.perturbed = True
+    show("another_draw", made.perturb_by_noise, [ClimbGroup(Climb.NOISE_FILTER, 0.1)], report, Noise(2**63 - 1, 0, 1))
+    for rule in ((None,), (0.9, True)):
+        step = (Base.SGD, [BaseGroup(0.1)], MixOptions(), False, True, 0.0, report)
+        made.perturbed = False
+        show("averaged_update", made.update, *step, average=AverageOptions(taken, *rule))
+    w, saved = ([torch.ones(n) for n in (3, 2)] for _ in range(2))
+    for t in range(2):
+        norms = torch.ones(5, dtype=FP64)
+        show(
+            "gaussian_perturb",
+            ops.gaussian_perturb,
+            w,
+            saved,
+            0.1,
+            seed=t,
+            t=t,
+            first=2**40 * t,
+            scale="given",
+            norms=norms,
+        )
+
+
 if __name__ == "__main__":
     driver.set_active(NoGpu())
     plan.check_device = arguments.check_device = lambda device: None
@@ -125,3 +164,4 @@ if __name__ == "__main__":
     list_ops()
     masks_and_climbs()
     along_the_momentum()
+    noise_and_averages()

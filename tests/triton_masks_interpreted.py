@@ -21,6 +21,7 @@ from samkern.triton_kernels.select import Keys, growth_key
 from .lists import (
     BF16,
     CHUNK,
+    CLIMBS,
     DTYPES,
     FP16,
     FP32,
@@ -203,7 +204,7 @@ def climb(cls, w, g, mask, group, renormalise=False, scaling=None, unmasked=()):
 
 
 @pytest.mark.parametrize("renormalise", [False, True])
-@pytest.mark.parametrize("mode", list(Climb), ids=lambda mode: mode.name.lower())
+@pytest.mark.parametrize("mode", CLIMBS, ids=lambda mode: mode.name.lower())
 def test_masked_half_steps(mode, renormalise):
     """Two dtypes in one list, of which one tensor has no mask."""
     w, g = lists_of(DTYPES[mode % 2 :: 2], 2)

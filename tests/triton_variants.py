@@ -23,18 +23,24 @@ from samkern.reference import DIRECTIONS
 from samkern.triton_kernels import common, lists, masks, select
 from samkern.triton_kernels.launch import COMPILER_OPTIONS, registers_for, types_of
 from samkern.triton_kernels.lists import Given, Norms
+from samkern.triton_kernels.noise import noise_kernel
 from samkern.triton_kernels.perturb import ALONG, PER_ENTRY, PER_FILTER, SIGNS, perturb_kernel
-from samkern.triton_kernels.plan import form_of_climbs, form_of_update
+from samkern.triton_kernels.plan import form_of_climbs, form_of_noise, form_of_update, registers_of_noise
 from samkern.triton_kernels.restore import restore_kernel
 from samkern.triton_kernels.update import update_kernel
+
+from .lists import CLIMBS
 
 ARCHITECTURES = (80, 90)
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 POINTERS = {
-    **dict.fromkeys(("rows", "scalars", "skips", "wanted", "histograms", "dropped", "ties", "n_nan"), "*i64"),
+    **dict.fromkeys(
+        ("rows", "scalars", "skips", "taken", "wanted", "counts", "axes", "histograms", "dropped", "ties", "n_nan"),
+        "*i64",
+    ),
     **dict.fromkeys(("places", "chunks", "runs", "sem", "matrices", "products"), "*i32"),
     **dict.fromkeys(("numbers", "partials", "run_partials", "filter_squares", "sums", "report", "cache_norm"), "*fp64"),
-    **dict.fromkeys(("out", "scale", "k", "coeff_a", "coeff_b", "clip", "weights", "momentum_sq"), "*fp64"),
+    **dict.fromkeys(("out", "scale", "k", "coeff_a", "coeff_b", "clip", "weights", "momentum_sq", "norms"), "*fp64"),
     **dict.fromkeys(("fresh", "skip", "first", "candidates", "base"), "*u8"),
 }
 
@@ -65,16 +71,28 @@ def perturb_along_momentum(climb, w, known):
     return perturb_kernel, registers_for([w, moments], climb == Climb.FILTER), constants
 
 
-def update(base, mix, w, cache=FP32, clips=False, scaling=UNSCALED, tracks=False):
+def noise(climb, w, source=None, given=False, again=False, strided=False, reports=True, masked=False):
+    half, source = w.itemsize == 2, source or w
+    together = common.REDUCE | common.FOLD | common.APPLY | (common.CLOSE if half and reports else 0)
+    constants = {
+        "PHASES": int(together),
+        "FORM": form_of_noise([ClimbGroup(climb, 0.1)], again, strided, given, reports, half, masked),
+        "SOURCE": types_of(source, source),
+        "TYPES": types_of(w),
+    }
+    return noise_kernel, registers_of_noise(constants["FORM"]), constants
+
+
+def update(base, mix, w, cache=FP32, clips=False, scaling=UNSCALED, tracks=False, averages=False):
     together = common.REDUCE | common.FOLD | common.APPLY | common.SETTLE | (common.CLOSE if mix.fills_cache else 0)
     cache, looked = FP64 if w == FP64 else cache, not mix.adds_cache
     options = MixOptions(mix, weights=torch.ones(()) if mix == Mix.ADD else None)
     constants = {
         "PHASES": int(together),
-        "FORM": form_of_update(base, options, looked, True, clips, scaling, looked, tracks),
+        "FORM": form_of_update(base, options, looked, True, clips, scaling, looked, tracks, averages),
         "TYPES": types_of(w, w, other=cache if mix.adds_cache else w, cache=cache),
     }
-    crowded = mix != Mix.GRADIENT or base != Base.SGD or tracks
+    crowded = mix != Mix.GRADIENT or base != Base.SGD or tracks or averages
     return update_kernel, registers_for([w], crowded, constants["FORM"].scaled), constants
 
 
@@ -154,7 +172,7 @@ def name_of(dtype):
 
 
 VARIANTS = {
-    **{f"perturb-{c.name}-{name_of(w)}": perturb(c, w) for c in Climb for w in (FP32, BF16, FP16, FP64)},
+    **{f"perturb-{c.name}-{name_of(w)}": perturb(c, w) for c in CLIMBS for w in (FP32, BF16, FP16, FP64)},
     **{
         f"update-{base.name}-{mix.name}-{name_of(w)}": update(base, mix, w)
         for base in Base
@@ -172,23 +190,45 @@ VARIANTS = {
         for base in (Base.SGD, Base.ADAMW)
         for w in (FP32, BF16, FP64)
     },
-    **{f"perturb-{c.name}-bfloat16-momentum": perturb_along_momentum(c, BF16, False) for c in Climb},
+    **{f"perturb-{c.name}-bfloat16-momentum": perturb_along_momentum(c, BF16, False) for c in CLIMBS},
     **{
         f"perturb-EUCLIDEAN-{name_of(w)}-momentum-known": perturb_along_momentum(Climb.EUCLIDEAN, w, True)
         for w in (FP32, BF16)
     },
-    **{f"perturb-{c.name}-float32-scaled": perturb(c, FP32, True) for c in Climb},
+    **{f"perturb-{c.name}-float32-scaled": perturb(c, FP32, True) for c in CLIMBS},
     **{
         f"perturb-{c.name}-{name_of(w)}-masked{how}": perturb(c, w, False, True, bool(how))
-        for c in Climb
+        for c in CLIMBS
         for w in (FP32, BF16, FP16, FP64)
         for how in ("", "-renormalised")
     },
-    **{f"perturb-{c.name}-float32-scaled-masked": perturb(c, FP32, True, True) for c in Climb},
+    **{f"perturb-{c.name}-float32-scaled-masked": perturb(c, FP32, True, True) for c in CLIMBS},
     **{
         f"update-{base.name}-{mix.name}-float32-scaled": update(base, mix, FP32, scaling=SCALING)
         for base in Base
         for mix in Mix
+    },
+    **{
+        f"update-{base.name}-{mix.name}-{name_of(w)}-averaged": update(base, mix, w, averages=True)
+        for base in (Base.SGD, Base.ADAMW)
+        for mix in (Mix.GRADIENT, Mix.DECOMPOSE, Mix.REUSE)
+        for w in (FP32, BF16, FP64)
+    },
+    **{
+        f"noise-{scale}-{name_of(w)}{how}": noise(
+            *(climb, w, None, False, "again" in how, "strided" in how, True, "masked" in how)
+        )
+        for scale, climb in (("filter", Climb.NOISE_FILTER), ("tensor", Climb.NOISE_TENSOR))
+        for w in (FP32, BF16, FP64)
+        for how in ("", "-again", "-strided", "-strided-masked")
+    },
+    **{
+        f"list_noise-{name_of(w)}{how}": noise(
+            *(Climb.NOISE_FILTER, w, FP32 if "float32" in how else None, "given" in how),
+            *("again" in how, "strided" in how, False, "masked" in how),
+        )
+        for w in (FP32, BF16, FP64)
+        for how in ("", "-given", "-given-strided-masked", "-again-from-float32")
     },
     **{f"restore-{name_of(w)}": restore(w) for w in (FP32, BF16, FP64)},
     **{f"list_norms-{name_of(w)}": list_norms(w) for w in (FP32, BF16, FP16, FP64)},

@@ -50,9 +50,9 @@ ALL_PHASES = (int(REDUCE), int(FOLD), int(APPLY), int(SETTLE), int(CLOSE))
 
 # Rows of `rows`. FIRST is the gradient at w, set aside while GRAD is the one at w + eps. MASK are bits, one an entry in the
 # order of w's memory: where 0, the entry is not perturbed. FIRST_ENTRY and FIRST_BYTE: entries, and bytes of bits, before.
-W, GRAD, FIRST, SAVED, CACHE, STATE1, STATE2, STEP, MASK = (constant(i) for i in range(9))
-NUMEL, FILTER_COUNT, FILTER_STRIDE, FILTER_FIRST, FIRST_ENTRY, FIRST_BYTE = (constant(i) for i in range(9, 15))
-N_ADDRESSES, N_ROWS = 9, 15
+W, GRAD, FIRST, SAVED, CACHE, STATE1, STATE2, STEP, MASK, AVERAGE = (constant(i) for i in range(10))
+NUMEL, FILTER_COUNT, FILTER_STRIDE, FILTER_FIRST, FIRST_ENTRY, FIRST_BYTE = (constant(i) for i in range(10, 16))
+N_ADDRESSES, N_ROWS = 10, 16
 
 # Rows of `places`. The filters of a tensor are summed in runs of neighbours.
 GROUP, KIND, STEP_KIND, FIRST_CHUNK, FIRST_RUN = (constant(i) for i in range(5))

@@ -431,7 +431,7 @@ def update_list_kernel(
                     factor = tl.load(clip)
                 if GIVEN.first:
                     fresh = tl.load(first + chunk.t * first_step) != 0
-                update_chunk(tables, chunk, Factors(a, b, factor), fresh, FORM, TYPES)
+                update_chunk(tables, chunk, Factors(a, b, factor), fresh, tl.full((), 0, tl.float64), FORM, TYPES)
     barrier_before(SETTLE, PHASES, sem)
     if PHASES & SETTLE:
         for tile in range(tl.program_id(0), tl.cdiv(n_tensors, FOLD_TENSORS), tl.num_programs(0)):

@@ -6,13 +6,14 @@ Same arguments, same bits. Coefficients stay on the device: nothing is read back
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from ..options import Base, BaseGroup, Mix, Scope
+from ..options import Base, BaseGroup, Climb, ClimbGroup, Mix, Noise, Scope
 from ..reference import DIRECTIONS, SUMS, WEIGHTINGS, Parts, math_dtype
 from ..tensors import is_dense
 from . import common
@@ -29,7 +30,9 @@ from .lists import (
     update_list_kernel,
 )
 from .masks import drop_grow_mask, fisher_accumulate, topk_mask
+from .noise import OF_FILTERS, noise_kernel
 from .perturb import ALONG, PER_ENTRY, PER_FILTER, SIGNS
+from .plan import counts_of, form_of_noise, registers_of_noise
 from .restore import restore_kernel
 from .tables import Slice
 from .update import NOTHING, Update
@@ -40,6 +43,7 @@ __all__ = [
     "difference_dot",
     "drop_grow_mask",
     "fisher_accumulate",
+    "gaussian_perturb",
     "norms",
     "perturb",
     "restore",
@@ -154,6 +158,53 @@ def perturb(
     phases = int(common.APPLY) | (int(common.REDUCE) if by_filter else 0)
     run_phases(launch, tables.slices("perturb", combinations(w, g)), phases)
     mark_written(w, saved)
+
+
+def gaussian_perturb(
+    w: Tensors,
+    saved: Tensors,
+    std: float,
+    *,
+    seed: int,
+    t: int,
+    draw: int = 0,
+    first: int = 0,
+    scale: str = "filter",
+    norms: Tensor | None = None,
+    mask: Tensor | None = None,
+    from_saved: bool = False,
+) -> None:
+    """As ``reference_noise.gaussian_perturb``."""
+    tables = tables_of(w, {common.W: w, common.SAVED: saved}, mask)
+    group = ClimbGroup(Climb.NOISE_FILTER if scale == "filter" else Climb.NOISE_TENSOR, std)
+    axes, given = tables.axes(), norms is not None
+    form = form_of_noise([group], from_saved, axes is not None, given, masked=mask is not None)
+    numbers = tables.numbers("the noise", list(group.numbers))
+    firsts = [0, *itertools.accumulate(x.shape[0] if x.dim() > 0 else 1 for x in w)] if given else []
+    counts = tables.integers("the noise", [*counts_of(Noise(seed, t, draw), first), *firsts])
+    norms = tables.filter_squares((form.norms >> int(OF_FILTERS)) & 1 == 1) if norms is None else norms.contiguous()
+
+    def launch(part: Slice, phases: int) -> None:
+        (weights, source), n_chunks, n_runs = part.dtypes, part.chunks.shape[1], part.runs.shape[1]
+        run(
+            noise_kernel,
+            w[0].device,
+            [
+                *(tables.rows, tables.places, part.chunks, part.runs, numbers, counts),
+                *(counts if axes is None else axes, norms, tables.partials, tables.run_partials, tables.sums),
+                *(tables.sums, tables.sem, len(w), n_chunks, tables.n_chunks, n_runs, norms.numel()),
+            ],
+            max(n_chunks, n_runs),
+            registers_of_noise(form),
+            PHASES=phases,
+            FORM=form,
+            SOURCE=types_of(source, source),
+            TYPES=types_of(weights),
+        )
+
+    phases = int(common.REDUCE) | int(common.FOLD) | int(common.APPLY)
+    run_phases(launch, tables.slices("the noise", combinations(w, saved if from_saved else w)), phases)
+    mark_written(w, () if from_saved else saved)
 
 
 def restore(w: Tensors, saved: Tensors) -> None:

@@ -240,29 +240,49 @@ def climb_block(
         t = tl.abs(x) + eta
         dx = t * t * dx
     climbed = tl.where(moves, x + scale * dx, x)
+    tl.store(saved + j, old, mask=mask)
+    climbed, rounded = store_climbed(w, old, climbed, bits, j, mask, MASKED, TYPES)
+    return x, climbed, rounded
+
+
+@triton.jit
+def store_climbed(w, old, climbed, bits, j, mask, MASKED: tl.constexpr, TYPES: tl.constexpr):
+    """Returns what was to be stored, and what was, in the math dtype."""
     if MASKED:
         climbs = unmasked(bits, j, mask)
-        climbed = tl.where(climbs, climbed, x)
-        rounded = tl.where(climbs, round_to(climbed, old.dtype, TYPES), old)
+        climbed = tl.where(climbs, climbed, old.to(TYPES.math))
+        if old.dtype == w.dtype.element_ty:
+            rounded = tl.where(climbs, round_to(climbed, TYPES.w, TYPES), old)
+        else:
+            rounded = round_to(climbed, TYPES.w, TYPES)
     else:
-        rounded = round_to(climbed, old.dtype, TYPES)
-    tl.store(saved + j, old, mask=mask)
+        rounded = round_to(climbed, TYPES.w, TYPES)
     tl.store(w + j, rounded, mask=mask)
-    return x, climbed, rounded.to(TYPES.math)
+    return climbed, rounded.to(TYPES.math)
 
 
 @triton.jit
 def block_scale(scale, filters, lo, j, mask, direction: tl.constexpr, MATH: tl.constexpr):
     """``scale``, or ``scale * T_f^2`` for entries ``j`` of a chunk that begins at entry ``lo``. In fp64, rounded once."""
     if direction == PER_FILTER:
-        # int32 within a chunk: the filter of its first entry, and how far the next one is
-        stride, count = filters.stride, filters.count
-        first, gap = (lo // stride) % count, tl.minimum(stride - lo % stride, 1 << 16).to(tl.int32)
-        later = tl.where(j < gap, 0, 1 + (j - gap) // tl.minimum(stride, 1 << 16).to(tl.int32))
-        which = (first.to(tl.int32) + later) % count.to(tl.int32)
-        return (scale * read(filters.squares + which, mask)).to(MATH)
+        return (scale * read(filters.squares + filter_at(filters, lo, j), mask)).to(MATH)
     else:
         return scale.to(MATH)
+
+
+@triton.jit
+def filter_at(filters, lo, j):
+    """Which filter entries ``j`` of a chunk belong to that begins at entry ``lo``."""
+    stride, count = filters.stride, filters.count
+    first = (lo // stride) % count
+    return (first.to(tl.int32) + borders_before(lo % stride, stride, j)) % count.to(tl.int32)
+
+
+@triton.jit
+def borders_before(at, stride, j):
+    """How often one comes to a multiple of ``stride`` on the way from ``at``, below it, by ``j`` < 65,536 steps: int32."""
+    gap = tl.minimum(stride - at, 1 << 16).to(tl.int32)
+    return tl.where(j < gap, 0, 1 + (j - gap) // tl.minimum(stride, 1 << 16).to(tl.int32))
 
 
 @triton.jit
@@ -289,17 +309,29 @@ def climb_range(
         factor = block_scale(scale, filters, lo, j, None, direction, MATH)
         x, climbed, rounded = climb_block(w, g, saved, bits, j, None, factor, eta, moves, direction, MASKED, TYPES)
         if MEASURED:
-            moved_sq += lane_sums(rounded - x, rounded - x, LANE)
-            moved_eps += lane_sums(rounded - x, climbed - x, LANE)
-            eps_sq += lane_sums(climbed - x, climbed - x, LANE)
+            moved_sq, moved_eps, eps_sq = measure(x, climbed, rounded, moved_sq, moved_eps, eps_sq, LANE)
     j = n // SIZE * SIZE + o
     tail = block_scale(scale, filters, lo, j, j < n, direction, MATH)
     x, climbed, rounded = climb_block(w, g, saved, bits, j, j < n, tail, eta, moves, direction, MASKED, TYPES)
     if MEASURED:  # entries beyond the end are zeros, and stay
-        moved, eps = rounded - x, climbed - x
-        write_partial(tables, MOVED_SQ, chunk, tl.sum(moved_sq + lane_sums(moved, moved, LANE), 0))
-        write_partial(tables, MOVED_EPS, chunk, tl.sum(moved_eps + lane_sums(moved, eps, LANE), 0))
-        write_partial(tables, EPS_SQ, chunk, tl.sum(eps_sq + lane_sums(eps, eps, LANE), 0))
+        moved_sq, moved_eps, eps_sq = measure(x, climbed, rounded, moved_sq, moved_eps, eps_sq, LANE)
+        write_measured(tables, chunk, tl.sum(moved_sq, 0), tl.sum(moved_eps, 0), tl.sum(eps_sq, 0))
+
+
+@triton.jit
+def measure(x, climbed, rounded, moved_sq, moved_eps, eps_sq, LANE: tl.constexpr):
+    moved, eps = rounded - x, climbed - x
+    moved_sq += lane_sums(moved, moved, LANE)
+    moved_eps += lane_sums(moved, eps, LANE)
+    eps_sq += lane_sums(eps, eps, LANE)
+    return moved_sq, moved_eps, eps_sq
+
+
+@triton.jit
+def write_measured(tables, chunk, moved_sq, moved_eps, eps_sq):
+    write_partial(tables, MOVED_SQ, chunk, moved_sq)
+    write_partial(tables, MOVED_EPS, chunk, moved_eps)
+    write_partial(tables, EPS_SQ, chunk, eps_sq)
 
 
 @triton.jit
@@ -322,9 +354,7 @@ def apply_chunk(tables, chunk, filter_squares, outcome, FORM: tl.constexpr, TYPE
     filters = filters_of(tables, filter_squares, t)
     MEASURED: tl.constexpr = FORM.halves and TYPES.w.primitive_bitwidth == 16
     if FORM.halves and ((saved == 0) | (not MEASURED)):
-        write_partial(tables, MOVED_SQ, chunk, 0.0)
-        write_partial(tables, MOVED_EPS, chunk, 0.0)
-        write_partial(tables, EPS_SQ, chunk, 0.0)
+        write_measured(tables, chunk, 0.0, 0.0, 0.0)
     if saved != 0:
         for direction in tl.static_range(4):
             if (FORM.directions >> direction) & 1:
@@ -342,11 +372,8 @@ def apply_chunk(tables, chunk, filter_squares, outcome, FORM: tl.constexpr, TYPE
 
 
 @triton.jit
-def report_climb(report, norm_sq, outcome, FORM: tl.constexpr):
+def report_climb(report, grad_norm, outcome):
     """All of the report: what a later half-step finds out is 0 until then."""
-    grad_norm = tl.sqrt(norm_sq)
-    if FORM.along_momentum:
-        grad_norm = tl.full((), 0, tl.float64)
     tl.store(report + GRAD_NORM, grad_norm)
     tl.store(report + SECOND_NORM, 0.0)
     tl.store(report + UPDATE_NORM, 0.0)
@@ -403,8 +430,11 @@ def perturb_kernel(
     if PHASES & APPLY:
         norm_sq, weighted_sq, finite = totals(tables)
         outcome = Outcome(tl.sqrt(weighted_sq), finite & (found_inf(tables, FORM.scaled) == 0))
+        grad_norm = tl.sqrt(norm_sq)
+        if FORM.along_momentum:
+            grad_norm = tl.full((), 0, tl.float64)
         if tl.program_id(0) == 0:
-            report_climb(report, norm_sq, outcome, FORM)
+            report_climb(report, grad_norm, outcome)
         for k in range(begin, end):
             c = end - 1 - (k - begin)  # the gradients read last are still in L2
             apply_chunk(tables, locate(chunks, tables, n_chunks, c), filter_squares, outcome, FORM, TYPES)

@@ -14,11 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options import UNSCALED, Base, BaseGroup, Climb, ClimbGroup, Held, Mix, MixOptions, Scaling
+from ..options import (
+    UNSCALED,
+    AverageOptions,
+    Base,
+    BaseGroup,
+    Climb,
+    ClimbGroup,
+    Held,
+    Mix,
+    MixOptions,
+    Noise,
+    Scaling,
+)
 from ..reference_plan import ReferencePlan
 from ..tensors import tensors_in
-from . import common, perturb, reduce
+from . import common, perturb, philox, reduce
 from .launch import check_device, registers_for, run, run_phases, types_of
+from .noise import GIVEN, OF_FILTERS, OF_TENSORS, Draw, noise_kernel
 from .perturb import Climbs, perturb_kernel
 from .restore import restore_kernel
 from .tables import DeviceTables, Slice, laid_out_like, refuse_while_recording
@@ -57,6 +70,31 @@ def _bits(places: Iterable[Any]) -> int:
     return sum(1 << int(place) for place in places)
 
 
+def form_of_noise(
+    climbs: Sequence[ClimbGroup],
+    again: bool,
+    strided: bool,
+    given: bool = False,
+    reports: bool = False,
+    halves: bool = False,
+    masked: bool = False,
+) -> Draw:
+    """The same for noise. ``again``: the weights it is added to are the saved ones."""
+    by_filter = any(group.climb == Climb.NOISE_FILTER for group in climbs)
+    norms = _bits([GIVEN] if given else [OF_TENSORS, OF_FILTERS] if by_filter else [OF_TENSORS])
+    return Draw(norms, int(common.SAVED if again else common.W), strided, reports, halves and reports, masked)
+
+
+def registers_of_noise(form: Draw) -> int:
+    """As ``launch.registers_for``: noise by the norms of tensors gets along with fewer than other noise."""
+    return 80 if form.norms == _bits([OF_TENSORS]) and not form.strided and not form.masked else 128
+
+
+def counts_of(noise: Noise, first: int = 0) -> list[int]:
+    """Which normal numbers, as kernels read them."""
+    return [noise.seed, noise.t, noise.draw * int(philox.STREAMS) + int(philox.NOISE), first]
+
+
 def form_of_update(
     base: Base,
     mix: MixOptions,
@@ -66,6 +104,7 @@ def form_of_update(
     scaling: Scaling = UNSCALED,
     restores: bool = False,
     tracks: bool = False,
+    averages: bool = False,
 ) -> Update:
     """The same for an update."""
     added = common.CACHE if mix.mix.adds_cache else common.FIRST if mix.mix == Mix.BLEND else NOTHING
@@ -85,6 +124,7 @@ def form_of_update(
         added=int(added),
         weighted=mix.weights is not None,
         tracks=tracks and base != Base.NONE,
+        averages=averages and base != Base.NONE,
     )
 
 
@@ -201,6 +241,42 @@ class TritonPlan(ReferencePlan):
         self._saved, self.perturbed = saved, True
         self._mark_written()
 
+    def perturb_by_noise(self, climbs: Sequence[ClimbGroup], report: Tensor, noise: Noise) -> None:
+        tables, again, axes = self._tables, self.perturbed, self._tables.axes()
+        chosen = [i for i, p in enumerate(self._params) if p.requires_grad and climbs[self._group[i]].perturbs]
+        saved = self._saved if again else self._room_for(chosen)
+        self._bind_weights()
+        tables.bind(common.SAVED, saved)
+        tables.bind(common.MASK, self._mask)
+        numbers = tables.numbers("the noise", [value for group in climbs for value in group.numbers])
+        counts = tables.integers("the noise", counts_of(noise))
+        halves = any(p.element_size() == 2 for p in self._params)
+        form = form_of_noise(climbs, again, axes is not None, False, True, halves, bool(self._mask))
+        norms = tables.filter_squares((form.norms >> int(OF_FILTERS)) & 1 == 1)
+
+        def launch(part: Slice, phases: int) -> None:
+            (dtype,), n_chunks, n_runs = part.dtypes, part.chunks.shape[1], part.runs.shape[1]
+            run(
+                noise_kernel,
+                self._device,
+                [
+                    *(tables.rows, tables.places, part.chunks, part.runs, numbers, counts),
+                    *(counts if axes is None else axes, norms, tables.partials, tables.run_partials, tables.sums),
+                    *(report, tables.sem, len(self._params), n_chunks, tables.n_chunks, n_runs, 0),
+                ],
+                max(n_chunks, n_runs),
+                registers_of_noise(form),
+                PHASES=phases,
+                FORM=form,
+                SOURCE=types_of(dtype, dtype),
+                TYPES=types_of(dtype),
+            )
+
+        phases = int(common.REDUCE) | int(common.FOLD) | int(common.APPLY) | (int(common.CLOSE) if halves else 0)
+        run_phases(launch, tables.slices("the noise", [(p.dtype,) for p in self._params]), phases)
+        self._saved, self.perturbed = saved, True
+        self._mark_written()
+
     def update(
         self,
         base: Base,
@@ -211,10 +287,12 @@ class TritonPlan(ReferencePlan):
         max_grad_norm: float,
         report: Tensor,
         scaling: Scaling = UNSCALED,
+        average: AverageOptions | None = None,
     ) -> None:
         tables, n_groups = self._tables if looked else self._plain_tables(), max(self._group) + 1
         form = form_of_update(
-            *(base, mix, looked, check, max_grad_norm > 0, scaling, self.perturbed, self._climbs_along_momentum)
+            *(base, mix, looked, check, max_grad_norm > 0, scaling),
+            *(self.perturbed, self._climbs_along_momentum, average is not None),
         )
         rates = [group.lr_on_device for group in groups] if groups else [None] * n_groups
         scalars = tables.scalars("the update", {**_step_scalars(scaling), "lr": rates})
@@ -230,12 +308,13 @@ class TritonPlan(ReferencePlan):
             tables.bind(common.FIRST, first)
         if form.fills or mix.mix.adds_cache:
             tables.bind(common.CACHE, cache)
+        if form.averages:
+            tables.bind(common.AVERAGE, self._average)
         self._bind_moments(tables, base, groups)
         kind = f"the update ({mix.mix.name.lower()})"
-        numbers = tables.numbers(kind, _update_options(groups, mix, max_grad_norm, n_groups))
-        weights = self._weights(mix)
-
-        crowded = mix.mix != Mix.GRADIENT or base != Base.SGD or form.tracks
+        numbers = tables.numbers(kind, _update_options(groups, mix, max_grad_norm, n_groups, average))
+        weights, taken = self._weights(mix), self._skips if average is None else self._taken(average)
+        crowded = mix.mix != Mix.GRADIENT or base != Base.SGD or form.tracks or form.averages
 
         def launch(part: Slice, phases: int) -> None:
             w, g, other, kept = part.dtypes
@@ -245,7 +324,8 @@ class TritonPlan(ReferencePlan):
                 self._device,
                 [
                     *(tables.rows, tables.places, part.chunks, numbers, scalars, tables.partials, tables.sums),
-                    *(self._cache_norm, weights, self._fresh, self._momentum_sq, self._skips, report, tables.sem),
+                    *(self._cache_norm, weights, self._fresh, self._momentum_sq, self._skips, taken),
+                    *(report, tables.sem),
                     *(len(self._params), n_groups, n_chunks, tables.n_chunks),
                 ],
                 n_chunks,
@@ -345,6 +425,16 @@ class TritonPlan(ReferencePlan):
             )
         return weights
 
+    def _taken(self, average: AverageOptions) -> Tensor:
+        """The count of weights in an average, which the update counts up."""
+        taken = average.taken
+        if taken.dtype != torch.int64 or taken.numel() != 1 or taken.device != self._device:
+            raise ValueError(
+                f"taken must be int64 with one entry on {self._device}, "
+                f"got {taken.dtype} {tuple(taken.shape)} on {taken.device}"
+            )
+        return taken
+
     def _room_for(self, chosen: list[int]) -> dict[int, Tensor]:
         """Where the saved weights go: one allocation for all that have no place yet, kept from step to step."""
         align, new = 64, [i for i in chosen if i not in self._slots]
@@ -377,10 +467,18 @@ def _step_scalars(scaling: Scaling) -> dict[str, list[Tensor | None]]:
     return {"grad_scale": [scaling.grad_scale], "found_inf": [scaling.found_inf]}
 
 
-def _update_options(groups: Sequence[BaseGroup], mix: MixOptions, max_grad_norm: float, n_groups: int) -> list[float]:
+def _update_options(
+    groups: Sequence[BaseGroup],
+    mix: MixOptions,
+    max_grad_norm: float,
+    n_groups: int,
+    average: AverageOptions | None,
+) -> list[float]:
     values: list[float] = []
     for j in range(n_groups):
         values += groups[j].numbers if groups else BaseGroup(0.0).numbers
         values.append(mix.alpha[j] if mix.mix.adds_cache or mix.mix == Mix.BLEND else 0.0)
     step = [mix.min_sine, max_grad_norm]
+    if average is not None:
+        step += [-1.0 if average.decay is None else average.decay, float(average.warmup)]
     return values + step + [0.0] * (len(BaseGroup(0.0).numbers) + 1 - len(step))

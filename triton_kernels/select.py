@@ -31,6 +31,7 @@ from .common import (
     share,
     widened,
 )
+from .philox import GROWTH, words
 
 # What is selected: the largest of all scores; of the ones, the smallest |g|; of the zeros, the largest random keys.
 TOP, DROP, GROW = (constant(i) for i in range(3))
@@ -40,8 +41,6 @@ BINS = constant(1 << 11)
 
 # Entries of `wanted`.
 HOW_MANY, SEED, STEP, N_ENTRIES = (constant(i) for i in range(4))
-
-STREAM = constant(2)  # of the random keys, among all random numbers
 
 
 class Select(NamedTuple):
@@ -120,10 +119,7 @@ def growth_key(keys, j):
     A counter is computed for each entry, since lists need not begin a tensor at a multiple of 4.
     """
     flat = keys.flat + j
-    q = flat >> 2
-    low, high = (q & 0xFFFFFFFF).to(tl.uint32), (q >> 32).to(tl.uint32)
-    step, stream = keys.step.to(tl.uint32), tl.full((), STREAM, tl.uint32)
-    x0, x1, x2, x3 = tl.philox(keys.seed, low, high, step, stream)
+    x0, x1, x2, x3 = words(flat >> 2, keys.seed, keys.step, tl.full((), GROWTH, tl.uint32))
     word = flat & 3
     return tl.where(word < 2, tl.where(word == 0, x0, x1), tl.where(word == 2, x2, x3))
 

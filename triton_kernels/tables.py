@@ -7,6 +7,7 @@ copy of today.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -49,6 +50,7 @@ class DeviceTables:
         self._chunk_counts = [-(-numel // int(common.CHUNK)) for numel in numels]
         self._runs = [_runs(x, count) for x, (count, _) in zip(tensors, filters, strict=True)]
         first_chunk, self._first_run = _offsets(self._chunk_counts), _offsets(map(len, self._runs))
+        self._axes = [_axes(x) for x in tensors]
         first_filter = _offsets(count for count, _ in filters)
         self.n_chunks, self.n_runs, self._n_filters = first_chunk[-1], self._first_run[-1], first_filter[-1]
         kinds = [kind_of(x.dtype) for x in tensors]
@@ -143,6 +145,18 @@ class DeviceTables:
             self._filter_squares = self._zeros(self._n_filters)
         return self._filter_squares
 
+    def axes(self) -> Tensor | None:
+        """Where the entries of tensors lie that are not in row-major order. None: there are no such.
+
+        int64: for each tensor the place of its first axis, and that after the last one's; sizes of all axes, from the one
+        along which memory runs; and the distances of neighbours in row-major order.
+        """
+        if all(axes == [] for axes in self._axes):
+            return None
+        flat = [axis for axes in self._axes for axis in axes]
+        sizes, distances = ([axis[k] for axis in flat] for k in range(2))
+        return self.integers("axes", [*_offsets(map(len, self._axes)), *sizes, *distances])
+
     def _slice(self, dtypes: tuple[torch.dtype, ...], combinations: list[Any]) -> Slice:
         members = [i for i, combination in enumerate(combinations) if combination == dtypes]
         chunks = [(i, k) for i in members for k in range(self._chunk_counts[i])]
@@ -199,6 +213,22 @@ def _filters(x: Tensor) -> tuple[int, int]:
     if x.dim() < 2 or x.numel() == 0:
         return 0, 0
     return x.shape[0], x.stride(0) if x.shape[0] > 1 else x.numel()
+
+
+def _axes(x: Tensor) -> list[tuple[int, int]]:
+    """Sizes of the axes of a dense tensor in the order of its memory, and distances of neighbours in row-major order.
+
+    None if that is the order of its memory. Axes that are one stretch in either order count as one.
+    """
+    distances = [math.prod(x.shape[d + 1 :]) for d in range(x.dim())]
+    axes = sorted(zip(x.stride(), x.shape, distances, strict=True))
+    merged: list[tuple[int, int]] = []
+    for _, size, distance in (axis for axis in axes if axis[1] > 1):
+        if merged and distance == math.prod(merged[-1]):
+            merged[-1] = merged[-1][0] * size, merged[-1][1]
+        else:
+            merged.append((size, distance))
+    return merged if len(merged) > 1 and x.numel() > 0 else []
 
 
 def _runs(x: Tensor, count: int) -> list[tuple[int, int]]:

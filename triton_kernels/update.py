@@ -1,10 +1,11 @@
-"""update: one pass that puts ``w`` back, mixes what the base optimizer receives, keeps the cache, clips, and steps."""
+"""update: one pass that puts ``w`` back, mixes what the base optimizer receives, keeps the cache, clips, steps, averages."""
 
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
+from .average import average_block, average_chunk, average_gain
 from .base import (
     ADAM,
     ALPHA,
@@ -22,6 +23,7 @@ from .common import (
     AA,
     AB,
     APPLY,
+    AVERAGE,
     BB,
     CACHE,
     CLOSE,
@@ -78,7 +80,7 @@ REUSE, ADD, BLEND = constant(2), constant(4), constant(5)
 NOTHING = constant(-1)
 
 # Columns of the row of options after the last group, which is the step's.
-MIN_SINE, MAX_GRAD_NORM = constant(0), constant(1)
+MIN_SINE, MAX_GRAD_NORM, AVERAGE_DECAY, AVERAGE_WARMUP = (constant(i) for i in range(4))
 CLIP_TINY = constant(1e-6)  # as in torch.nn.utils.clip_grad_norm_
 
 
@@ -89,7 +91,7 @@ class Update(NamedTuple):
     the report. ``restores``: there are saved weights. ``check``: a gradient that is not finite skips the step.
     ``hands_over``: see the kernel. ``scaled``: there may be a loss scale. ``fills``: the mix fills the cache. ``added``: row
     of what it adds to the gradient, CACHE or FIRST. ``weighted``: ADD has weights. ``tracks``: sums of squares of first
-    moments are kept.
+    moments are kept. ``averages``: the new weights are taken into averages.
     """
 
     base: int
@@ -106,6 +108,7 @@ class Update(NamedTuple):
     added: int = int(NOTHING)
     weighted: bool = False
     tracks: bool = False
+    averages: bool = False
 
 
 class Decision(NamedTuple):
@@ -284,10 +287,10 @@ def factors_of(tables, t, coefficients, aa, clip, FORM: tl.constexpr):
 
 @triton.jit
 def update_block(
-    w, source, g, added, m, v, has_added, j, mask, factors, fresh, options,
+    w, source, g, added, m, v, average, has_added, has_average, j, mask, factors, fresh, options, gain,
     FORM: tl.constexpr, WITH_BUFFER: tl.constexpr, TYPES: tl.constexpr,
 ):  # fmt: skip
-    """Mixes, clips and steps on one block. Returns the first moments, if there are."""
+    """Mixes, clips, steps and averages on one block. Returns the first moments, if there are."""
     u = read(g + j, mask).to(TYPES.math)
     if FORM.added != NOTHING:
         if mask is None:
@@ -309,22 +312,27 @@ def update_block(
             x, moments = sgd(x, u, m, j, mask, fresh, options, WITH_BUFFER, TYPES)
         else:
             x, moments = adam(x, u, m, v, j, mask, options, TYPES)
-        tl.store(w + j, round_to(x, TYPES.w, TYPES), mask=mask)
+        stored = round_to(x, TYPES.w, TYPES)
+        tl.store(w + j, stored, mask=mask)
+        if FORM.averages:
+            average_block(average, has_average, stored.to(TYPES.math), gain, j, mask)
     return moments.to(TYPES.math)
 
 
 @triton.jit
 def update_range(
-    tables, chunk, factors, fresh,
+    tables, chunk, factors, fresh, gain,
     FORM: tl.constexpr, WITH_BUFFER: tl.constexpr, ALIGNED: tl.constexpr, TYPES: tl.constexpr,
 ):  # fmt: skip
     """``update_block`` over a chunk, and with ``tracks`` the sum of squares of its first moments."""
     t, lo, n = chunk.t, chunk.lo, chunk.n
     MATH: tl.constexpr = TYPES.math
     w_address = entry(tables, W, t)
-    source, added_address = w_address, w_address
+    source, added_address, average_address = w_address, w_address, w_address
     if FORM.added != NOTHING:
         added_address = entry(tables, FORM.added, t)
+    if FORM.averages:
+        average_address = entry(tables, AVERAGE, t)
     if FORM.restores:
         saved = entry(tables, SAVED, t)
         source = tl.where(saved != 0, saved, w_address)
@@ -336,6 +344,8 @@ def update_range(
     v = elements(entry(tables, STATE2, t), lo, STATE2_DT, ALIGNED)
     ADDED_DT: tl.constexpr = TYPES.w if TYPES.other is None else TYPES.other
     added, has_added = elements(added_address, lo, ADDED_DT, ALIGNED), added_address != 0
+    average, has_average = elements(average_address, lo, MATH, ALIGNED), average_address != 0
+    gain = gain.to(MATH)
     factors = Factors(factors.a.to(MATH), factors.b.to(MATH), factors.clip.to(MATH))
     group = group_of(tables, t)
     options = sgd_options(tables, group, MATH)
@@ -343,7 +353,10 @@ def update_range(
         options = adam_options(tables, group, t, FORM.base, MATH)
     # With more operands fewer elements at once: 64 registers have to hold them.
     MANY: tl.constexpr = (
-        FORM.base >= ADAM or FORM.added != NOTHING or (WITH_BUFFER and TYPES.w.primitive_bitwidth == 32)
+        FORM.base >= ADAM
+        or FORM.added != NOTHING
+        or FORM.averages
+        or (WITH_BUFFER and TYPES.w.primitive_bitwidth == 32)
     )
     SIZE: tl.constexpr = TYPES.block // 2 if MANY else TYPES.block
     TRACKED: tl.constexpr = FORM.tracks and (FORM.base >= ADAM or WITH_BUFFER)
@@ -352,20 +365,22 @@ def update_range(
     o = tl.arange(0, SIZE)
     for i in range(n // SIZE):
         moments = update_block(
-            w, source, g, added, m, v, has_added, i * SIZE + o, None, factors, fresh, options, FORM, WITH_BUFFER, TYPES
-        )
+            w, source, g, added, m, v, average, has_added, has_average, i * SIZE + o, None, factors, fresh, options, gain,
+            FORM, WITH_BUFFER, TYPES,
+        )  # fmt: skip
         if TRACKED:
             squares += lane_sums(moments, moments, LANE)
     j = n // SIZE * SIZE + o
     moments = update_block(
-        w, source, g, added, m, v, has_added, j, j < n, factors, fresh, options, FORM, WITH_BUFFER, TYPES
-    )
+        w, source, g, added, m, v, average, has_added, has_average, j, j < n, factors, fresh, options, gain,
+        FORM, WITH_BUFFER, TYPES,
+    )  # fmt: skip
     if TRACKED:  # entries beyond the end are zeros
         write_partial(tables, MOMENTUM_SQ, chunk, tl.sum(squares + lane_sums(moments, moments, LANE), 0))
 
 
 @triton.jit
-def update_chunk(tables, chunk, factors, fresh, FORM: tl.constexpr, TYPES: tl.constexpr):
+def update_chunk(tables, chunk, factors, fresh, gain, FORM: tl.constexpr, TYPES: tl.constexpr):
     """With wide accesses if all that is touched is aligned, with momentum if there is a buffer."""
     t = chunk.t
     m = entry(tables, STATE1, t)
@@ -376,13 +391,15 @@ def update_chunk(tables, chunk, factors, fresh, FORM: tl.constexpr, TYPES: tl.co
             used = used | entry(tables, SAVED, t)
     if FORM.added != NOTHING:
         used = used | entry(tables, FORM.added, t)
+    if FORM.averages:
+        used = used | entry(tables, AVERAGE, t)
     for with_buffer in tl.static_range(2):
         if with_buffer == 0 or FORM.base == SGD:
             if (FORM.base != SGD) | ((m != 0) == (with_buffer == 1)):
                 if (used & 15) == 0:
-                    update_range(tables, chunk, factors, fresh, FORM, with_buffer == 1, True, TYPES)
+                    update_range(tables, chunk, factors, fresh, gain, FORM, with_buffer == 1, True, TYPES)
                 else:
-                    update_range(tables, chunk, factors, fresh, FORM, with_buffer == 1, False, TYPES)
+                    update_range(tables, chunk, factors, fresh, gain, FORM, with_buffer == 1, False, TYPES)
 
 
 @triton.jit
@@ -421,7 +438,7 @@ def write_report(report, finite, norm, norm_of_u, LOOKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_tensors", "n_groups", "n_chunks", "n_all_chunks"])
 def update_kernel(
-    rows, places, chunks, numbers, scalars, partials, sums, cache_norm, weights, fresh, momentum_sq, skips, report, sem,
+    rows, places, chunks, numbers, scalars, partials, sums, cache_norm, weights, fresh, momentum_sq, skips, taken, report, sem,
     n_tensors, n_groups, n_chunks, n_all_chunks,
     PHASES: tl.constexpr, FORM: tl.constexpr, TYPES: tl.constexpr,
 ):  # fmt: skip
@@ -429,10 +446,11 @@ def update_kernel(
     ``cache = grad - k first`` (DECOMPOSE, DIFFERENCE).
 
     Operands of a tensor: W (written), GRAD (0: only restored), SAVED (0: was not perturbed), FIRST or CACHE by the mix,
-    STATE1, STATE2, STEP by the base. ``FORM``: ``Update``. Its base NONE restores, and with ``hands_over`` writes
-    ``clip * u`` to GRAD. ``weights``: of ADD, per tensor. ``momentum_sq``: with ``tracks``, the sum of squares of each
-    STATE1 that is written. A flag in ``report``, or with ``check`` a gradient that is not finite, leaves everything but the
-    restored ``w`` as it is. More than one phase in a launch: cooperative.
+    STATE1, STATE2, STEP by the base, AVERAGE (0: has none; else also written where GRAD is 0). ``FORM``: ``Update``. Its base
+    NONE restores, and with ``hands_over`` writes ``clip * u`` to GRAD. ``weights``: of ADD, per tensor. ``momentum_sq``: with
+    ``tracks``, the sum of squares of each STATE1 that is written. ``taken``: with ``averages``, how many weights are in them,
+    counted up. A flag in ``report``, or with ``check`` a gradient that is not finite, leaves everything but the restored
+    ``w`` as it is. More than one phase in a launch: cooperative.
 
     Under a loss scale, sums are divided by it as they are folded, and factors carry it into the products of APPLY: all is
     as if the gradients had been divided.
@@ -452,6 +470,11 @@ def update_kernel(
         decision = decide(tables, report, FORM)
     if PHASES & APPLY:
         norm_of_u, clip = clipping(tables, step_options, coefficients, decision, FORM)
+        gain = tl.full((), 0, tl.float64)
+        if FORM.averages:
+            gain = average_gain(
+                taken, tl.load(step_options + AVERAGE_DECAY), tl.load(step_options + AVERAGE_WARMUP) != 0
+            )
         if tl.program_id(0) == 0:
             write_report(report, decision.finite, tl.sqrt(decision.grad_sq), norm_of_u, FORM.looked)
         if FORM.fills:
@@ -472,12 +495,17 @@ def update_kernel(
             if FORM.base != NONE or FORM.hands_over:
                 if only_restored == 0:
                     factors = factors_of(tables, chunk.t, coefficients, decision.aa, clip, FORM)
-                    update_chunk(tables, chunk, factors, tl.load(fresh + chunk.t) != 0, FORM, TYPES)
+                    update_chunk(tables, chunk, factors, tl.load(fresh + chunk.t) != 0, gain, FORM, TYPES)
+            if FORM.averages:
+                if only_restored & (decision.skip == 0):
+                    average_chunk(tables, chunk, gain, FORM.restores, TYPES)
     barrier_before(SETTLE, PHASES, sem)
     if PHASES & SETTLE:
         min_sine = tl.load(step_options + MIN_SINE)
         if tl.program_id(0) == 0:
             tl.store(skips, tl.load(skips) + decision.skip.to(tl.int64))
+            if FORM.averages:
+                tl.store(taken, tl.load(taken) + (decision.skip == 0).to(tl.int64))
         for tile in range(tl.program_id(0), tl.cdiv(n_tensors, FOLD_TENSORS), tl.num_programs(0)):
             settle_tensors(tile, tables, cache_norm, fresh, momentum_sq, min_sine, decision.skip, FORM)
     if FORM.fills:

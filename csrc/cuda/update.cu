@@ -349,8 +349,9 @@ struct ChunkUpdate {
   static constexpr Kind kState = kInMathType<T>;
 };
 
-// Takes the weights of a chunk, as they have just been stored, into their average. A walk of its own over what is still in
-// the second-level cache: in the update's loop, registers spill in kernels for lists of any dtype, with or without averages.
+// Takes the weights of a chunk, as they have just been stored, into their average. A walk of its own over what is still
+// in the second-level cache: in the update's loop, registers spill in kernels for lists of any dtype, with or without
+// averages.
 template <Kind kind_w>
 SAMKERN_COLD void average_chunk(const UpdateArgs& args, int32_t c) {
   const Chunk chunk = chunk_at(args.plan, c);

@@ -3,11 +3,14 @@
 from .aesam import AESAM, AELookSAM
 from .arsam import ARSAM
 from .averaging import EMA, SWA
+from .bar import BAR
 from .budget import Budget
 from .companion import Companion, RunningAverage
 from .engine import SharpnessAware
+from .flatlora import FlatLoRA, MergedNoise
 from .lets import LETSASAM, LETSSAM
 from .looksam import LookLayerSAM, LookSAM
+from .lorasam import LoRASAM
 from .lpf import LPFSGD
 from .mask import DynamicMask, FisherMask, Mask
 from .memory import Memory
@@ -27,6 +30,7 @@ __all__ = [
     "AESAM",
     "ARSAM",
     "ASAM",
+    "BAR",
     "EMA",
     "GRST",
     "LETSASAM",
@@ -55,15 +59,18 @@ __all__ = [
     "EveryK",
     "Filterwise",
     "FisherMask",
+    "FlatLoRA",
     "Gaussian",
     "GradientNorm",
     "Layerwise",
     "LearnedRadius",
+    "LoRASAM",
     "LookLayerSAM",
     "LookSAM",
     "Looking",
     "Mask",
     "Memory",
+    "MergedNoise",
     "Momentum",
     "Now",
     "OrthogonalPart",

@@ -169,6 +169,13 @@ class WeightAverage(RunningAverage):
             _copy(averages, params)
         return averages
 
+    def weights_of(self, model: nn.Module) -> dict[str, Tensor]:
+        """The averages by the names that ``model`` has for them, in the dtypes of its weights: for ``functional_call``.
+
+        What is not averaged is there as it is; so is everything before the first average. Reads nothing back from the device.
+        """
+        return {name: self._of.get(p, p).detach().to(p.dtype) for name, p in model.named_parameters()}
+
     def _parameters(self) -> list[Tensor]:
         optimizer = self._optimizer()
         return list(self._of) if optimizer is None else parameters_of(optimizer)

@@ -94,7 +94,7 @@ def at_peak(opt: SharpnessAware, keeper: PlanKeeper) -> Memory:
     judges = opt.mask is not None and opt.mask.accumulates(0) is not None
     holds_first = opt.keep_gradients or opt.capturable or opt.reuse is not None or opt.learned is not None
     holds_first = (holds_first or opt.schedule.wants_change or judges) and not opt.perturbation.before_pass
-    gradients = saved = cache = masks = squares = state = of_radius = 0
+    gradients = saved = cache = masks = squares = state = of_sums = of_radius = 0
     for group in opt.param_groups:
         options = opt.options(group)
         climbs = opt.perturbation.climb(options).perturbs
@@ -114,6 +114,8 @@ def at_peak(opt: SharpnessAware, keeper: PlanKeeper) -> Memory:
                 squares += _n_bytes(of_p, math_dtype(p.dtype))
             if rule is not None and rule.needs_state(group) and not opt.base.state.get(p):
                 state += sum(map(_n_bytes, rule.create(torch.empty_like(of_p, device="meta")).values()))
+            if opt.perturbation.draws > 1:
+                of_sums += _n_bytes(of_p, math_dtype(p.dtype))
             if opt.learned is not None:
                 of_radius += opt.learned.extra_bytes(of_p, gradient, overwrites=rule is None)
     return there._replace(
@@ -126,7 +128,7 @@ def at_peak(opt: SharpnessAware, keeper: PlanKeeper) -> Memory:
         squares=there.squares + squares,
         base_state=there.base_state + state,
         averages=there.averages + sum(x.extra_bytes(parameters_of(opt.base)) for x in opt.companions),
-        other=there.other + of_radius,
+        other=there.other + of_sums + of_radius,
     )
 
 
