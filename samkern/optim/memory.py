@@ -30,7 +30,7 @@ class Memory(NamedTuple):
     ``rho > 0``; the backend ``reference`` frees them after the step, the others keep the room. ``cache``: what ``reuse``
     keeps; half of it with ``cache_dtype=torch.bfloat16``. ``masks``: a bit an entry, twice where weights are not in
     row-major order. ``squares``: what a mask sums up. ``base_state``: moments and step counts of the base. ``other``: tables
-    of the kernels, norms, counters, sums over several closures, what a schedule or a learned radius keeps.
+    of the kernels, norms, counters, sums over several closures, noisy weights, what a schedule or a learned radius keeps.
 
     >>> model = torch.nn.Linear(100, 10)
     >>> opt = samkern.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -76,7 +76,7 @@ def now(opt: SharpnessAware, keeper: PlanKeeper) -> Memory:
     parts = [vars(holder) for holder in opt.holders()]
     for name, purpose in _BY_ATTRIBUTE.items():
         tally.add(purpose, tensors_in([part.get(name) for part in parts]))
-    tally.add("other", tensors_in(parts))
+    tally.add("other", [*tensors_in(parts), *opt.perturbation.held()])
     tally.add("other", [*held.other, *tensors_in([dict(group, params=()) for group in opt.param_groups])])
     tally.n_bytes["other"] += held.table_bytes
     return Memory(**tally.n_bytes)
@@ -122,7 +122,7 @@ def at_peak(opt: SharpnessAware, keeper: PlanKeeper) -> Memory:
         masks=there.masks + masks,
         squares=there.squares + squares,
         base_state=there.base_state + state,
-        other=there.other + of_radius,
+        other=there.other + of_radius + opt.perturbation.extra_bytes(),
     )
 
 
