@@ -24,7 +24,8 @@ class Companion:
         """A step is about to begin. Raises ``RuntimeError`` if it may not, before anything has been done."""
 
     def before_update(self, params: Sequence[Tensor], scaling: Scaling, check: bool) -> None:
-        """Gradients are those that the base will receive, weights are not perturbed; may write these.
+        """Gradients are those that the base will receive. May write the weights, which are not perturbed, unless by a look
+        between two passes: what writes refuses such methods in ``check``.
 
         ``check``: the step is skipped if a gradient is not finite, or ``scaling`` says so; then nothing may change.
         """

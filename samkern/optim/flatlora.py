@@ -113,6 +113,15 @@ class MergedNoise(Perturbation):
         """What is held for noisy weights: for each dtype a buffer as large as the largest of them."""
         return list(self._scratch.buffers.values())
 
+    def held(self) -> Sequence[Tensor]:
+        return self.scratch
+
+    def extra_bytes(self) -> int:
+        # Without autocast, which may want another dtype.
+        there = {buffer.dtype for buffer in self.scratch}
+        largest = max(x.weight.numel() for x in self._weights)
+        return sum(largest * dtype.itemsize for dtype in {x.weight.dtype for x in self._weights} - there)
+
     @property
     def survives_half_precision(self) -> bool:
         return True

@@ -31,7 +31,7 @@ class Memory(NamedTuple):
     keeps; half of it with ``cache_dtype=torch.bfloat16``. ``masks``: a bit an entry, twice where weights are not in
     row-major order. ``squares``: what a mask sums up. ``base_state``: moments and step counts of the base. ``averages``: of
     weights (``SWA``, ``EMA``, ``SWAD``), on whatever device, and the weights for which one is swapped in. ``other``: tables of
-    the kernels, norms, counters, sums over several closures, what a schedule or a learned radius keeps.
+    the kernels, norms, counters, sums over several closures, noisy weights, what a schedule or a learned radius keeps.
 
     >>> model = torch.nn.Linear(100, 10)
     >>> opt = samkern.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -79,7 +79,7 @@ def now(opt: SharpnessAware, keeper: PlanKeeper) -> Memory:
     parts = [vars(holder) for holder in opt.holders()]
     for name, purpose in _BY_ATTRIBUTE.items():
         tally.add(purpose, tensors_in([part.get(name) for part in parts]))
-    tally.add("other", tensors_in(parts))
+    tally.add("other", [*tensors_in(parts), *opt.perturbation.held()])
     tally.add("other", [*held.other, *tensors_in([dict(group, params=()) for group in opt.param_groups])])
     tally.n_bytes["other"] += held.table_bytes
     return Memory(**tally.n_bytes)
@@ -128,7 +128,7 @@ def at_peak(opt: SharpnessAware, keeper: PlanKeeper) -> Memory:
         squares=there.squares + squares,
         base_state=there.base_state + state,
         averages=there.averages + sum(x.extra_bytes(parameters_of(opt.base)) for x in opt.companions),
-        other=there.other + of_sums + of_radius,
+        other=there.other + of_sums + of_radius + opt.perturbation.extra_bytes(),
     )
 
 

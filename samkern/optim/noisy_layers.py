@@ -74,7 +74,8 @@ class NoisyWeight:
             "backend": self.backend,
         }
         ops.gaussian_perturb([rows], [self.weight.rows], self.std, **options, from_saved=True)
-        # A graph that has kept the buffer itself, as one of a second derivative would, must not take it for what it was.
+        # A graph that has kept the buffer itself, as one of a second derivative would, must not take it for what it was; not
+        # every backend tells torch what it writes.
         torch.autograd.graph.increment_version(buffer)
         return rows.t() if self.weight.transposed else rows
 

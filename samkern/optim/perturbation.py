@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from torch import Tensor
+
 from ..options import Climb, ClimbGroup, Noise, host_and_device
 from .checks import at_least, at_least_int, one_of
 
@@ -59,6 +61,14 @@ class Perturbation(ABC):
     def explain(self, group: Mapping[str, Any]) -> str:
         """How ``group`` is perturbed, if ``climb()`` does not tell."""
         return ""
+
+    def held(self) -> Sequence[Tensor]:
+        """What it keeps in memory between steps."""
+        return ()
+
+    def extra_bytes(self) -> int:
+        """What of that is not there before the first step, and will be."""
+        return 0
 
     @property
     def survives_half_precision(self) -> bool:
