@@ -21,7 +21,10 @@ SOURCES = [
     "ops.cpp",
     "tables.cpp",
     "device_tables.cpp",
-    *(f"cpu/{name}.cpp" for name in ("convert", "sums", "bits", "reduce", "perturb", "update", "select", "fisher")),
+    *(
+        f"cpu/{name}.cpp"
+        for name in ("convert", "sums", "bits", "reduce", "perturb", "noise", "update", "select", "fisher")
+    ),
 ]
 # No fast math anywhere, and no contraction: the passes are bitwise the same on every instruction set and backend.
 # -fopenmp is for at::parallel_for in torch's headers; it is not linked, so that torch's own copy of the runtime serves.

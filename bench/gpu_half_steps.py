@@ -22,10 +22,18 @@ import samkern
 from .gpu_clock import Run, pinned_to_a_core
 from .gpu_rows import NAN
 from .gpu_session import Case, Session, check
+from .peers import Mean
 from .test_passes import PASSES, Lists
 
 SGD = (torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9, "weight_decay": 5e-4})
 ADAMW = (torch.optim.AdamW, {"lr": 1e-4})
+
+
+def averaged_sam(params: list[torch.nn.Parameter], *args: Any, **options: Any) -> samkern.SAM:
+    """SAM whose updates take the weights into their mean."""
+    opt = samkern.SAM(params, *args, **options)
+    opt.attach(Mean(params))
+    return opt
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ METHODS = (
     Method("LookSAM SGD", samkern.LookSAM, SGD, {"update": (6, 3), "reuse": (4, 3)}, {"k": 2}, reuses=True),
     Method("ASAM element", samkern.ASAM, SGD, {"perturb": (6, 0)}, {"mode": "element"}),
     Method("ASAM filter", samkern.ASAM, SGD, {"perturb": (6, 0)}, {"mode": "filter"}),
+    Method("SAM averaged", averaged_sam, SGD, {"update": (4, 4)}, {}),
 )
 
 
@@ -91,6 +100,11 @@ class Rig:
         p = next(p for p in self.params if p.numel() > 0)
         return next(x for key, x in self.opt.state[p].items() if key != "step").clone()
 
+    def written(self) -> list[Tensor]:
+        """Weights, and their averages if there are any."""
+        means = [x for x in self.opt._companions if isinstance(x, Mean)]
+        return [*self.params, *(average for mean in means for average in mean.averages)]
+
     def cycle(self) -> None:
         """A look, and what comes until the next."""
         for half in self.halves.values():
@@ -103,7 +117,7 @@ def checked_rig(session: Session, case: Case, method: Method, backend: str) -> f
     for rig in rigs:
         rig.cycle()
         rig.cycle()
-    return check(f"{method.name}, {backend}", case, rigs[0].params, rigs[1].params)
+    return check(f"{method.name}, {backend}", case, rigs[0].written(), rigs[1].written())
 
 
 def recorded(session: Session, rigs: list[Rig]) -> dict[str, Run]:

@@ -73,7 +73,7 @@ def measure(source: Path, architecture: str) -> list[Kernel]:
 
 def readable(symbol: str) -> str:
     """ "update bfloat16 AdamW" from the mangled name."""
-    name = re.search(r"(perturb|reduce|difference|update|restore|topk|drop_grow|fisher)_kernel", symbol)
+    name = re.search(r"(perturb|noise|reduce|difference|update|restore|topk|drop_grow|fisher)_kernel", symbol)
     assert name is not None, symbol
     kind, base = re.search(r"KindE(\d)", symbol), re.search(r"BaseE(\d)", symbol)
     wide = ["of float64"] if re.search(r"KindE\dEd", symbol) else []

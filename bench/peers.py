@@ -7,13 +7,17 @@ A stepper holds parameters of its own, and has ``first()`` and ``second()``: the
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.optim import SGD
+from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 import samkern
 from samkern import reference
+from samkern.optim.companion import RunningAverage
+from samkern.options import AverageOptions
 
 OPTIONS = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 5e-4}
 RHO, K, ALPHA = 0.05, 5, 0.7
@@ -29,6 +33,68 @@ class Ours:
 
     def looks(self) -> bool:
         return self.opt.schedule.look(self.opt._t)
+
+
+class Mean(RunningAverage):
+    """Of the weights after every step."""
+
+    def __init__(self, params: list[torch.nn.Parameter]) -> None:
+        self.taken = torch.zeros(1, dtype=torch.int64, device=params[0].device)
+        self.averages = [torch.zeros_like(p, dtype=reference.math_dtype(p.dtype), requires_grad=False) for p in params]
+
+    def due(self) -> AverageOptions:
+        return AverageOptions(self.taken)
+
+    def tensors(self, params: Sequence[Tensor]) -> list[Tensor]:
+        return self.averages
+
+    def add(self, params: Sequence[Tensor], skip: Tensor | None = None) -> None:
+        raise NotImplementedError("bases are fused here")
+
+
+class Averaged(Ours):
+    """The mean of weights is taken in the update."""
+
+    def __init__(self, w: list[Tensor], **options) -> None:
+        super().__init__(w, **options)
+        mean = Mean(self.params)
+        self.opt.attach(mean)
+        self.averages = mean.averages
+
+
+class ThenLerp(Ours):
+    """Our update, and then the mean by one of torch's list kernels."""
+
+    name = "cpu, then foreach lerp"
+
+    def __init__(self, w: list[Tensor]) -> None:
+        super().__init__(w)
+        self.averages, self.taken = [torch.zeros_like(x) for x in w], 0
+        self.second = self.step_and_lerp
+
+    @torch.no_grad()
+    def step_and_lerp(self) -> None:
+        self.opt.second_step()
+        self.taken += 1
+        torch._foreach_lerp_(self.averages, self.params, 1 / self.taken)
+
+
+class ThenAveragedModel(Ours):
+    """Our update, and then torch's class."""
+
+    name = "cpu, then AveragedModel"
+
+    def __init__(self, w: list[Tensor]) -> None:
+        super().__init__(w)
+        model = torch.nn.ParameterList(self.params)
+        averaged = AveragedModel(model, multi_avg_fn=get_swa_multi_avg_fn())
+        self.averages = [p.detach() for p in averaged.parameters()]
+
+        def step_and_average() -> None:
+            self.opt.second_step()
+            averaged.update_parameters(model)
+
+        self.second = step_and_average
 
 
 class EagerLoop:

@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,11 @@ from samkern.optim import (
     ARSAM,
     GRST,
     LETSSAM,
+    LPFSGD,
     MSAM,
     RST,
     SAM,
+    WASAM,
     AELookSAM,
     Bernoulli,
     Difference,
@@ -60,6 +62,7 @@ class Candidate:
     options: Options
     make: Callable[[study.Task], torch.optim.Optimizer]
     held_out: int = 0
+    rest: Options = field(default_factory=dict)  # of its entry in the study: an average, a loss
 
     @property
     def written(self) -> str:
@@ -93,6 +96,25 @@ def fading(*settings: Options) -> Iterator[Candidate]:
         yield Candidate("MSAM, fading", options, around(MSAM, rho=options["rho"], schedule=schedule))
 
 
+def averaged(method: type, averages: Options, *settings: Options, name: str, **common: Any) -> Iterator[Candidate]:
+    """A candidate for each setting and each average of its weights."""
+    for options in settings:
+        for written, average in averages.items():
+            make = study.sgd if method is torch.optim.SGD else around(method, **common, **options)
+            yield Candidate(name, {**options, "average": written}, make, rest={"average": average})
+
+
+def reestimated(candidates: Iterator[Candidate]) -> Iterator[Candidate]:
+    """With statistics of BatchNorm that are estimated anew before a test."""
+    return (replace(candidate, rest={"reestimate": True}) for candidate in candidates)
+
+
+def with_losses(loss: Callable[..., Any], *settings: Options, name: str) -> Iterator[Candidate]:
+    """SGD with another loss."""
+    for options in settings:
+        yield Candidate(name, options, study.sgd, rest={"loss": loss(**options)})
+
+
 def grid(**values: list[Any]) -> list[Options]:
     """All combinations."""
     settings: list[Options] = [{}]
@@ -123,6 +145,19 @@ def candidates() -> list[Candidate]:
         *each(MSAM, *grid(rho=[0.5, 0.7, 1.0, 1.25, 1.5, 2.0, 3.0])),
         *fading(*grid(rho=[1.5, 2.0, 3.0], p=["linear-down", "cosine-down"])),
         *each(LETSSAM, *grid(rho=[0.2], beta=[0.01, 0.1, 1.0]), held_out=100),
+        *reestimated(each(LPFSGD, *grid(std=[0.02, 0.05, 0.1], inc=[1.0, 4.0], draws=[1]), total_steps=n_steps)),
+        *averaged(
+            LPFSGD,
+            {"late mean": study.late_mean(0.75)},
+            *grid(std=[0.05, 0.1], inc=[1.0], draws=[1]),
+            name="LPFSGD, mean of the last quarter",
+            total_steps=n_steps,
+        ),
+        *averaged(torch.optim.SGD, {f"EMA({b})": study.ema(b) for b in (0.9, 0.99, 0.998)}, {}, name="SGD, averaged"),
+        *averaged(torch.optim.SGD, {"late mean": study.late_mean(0.75)}, {}, name="SGD, averaged"),
+        *averaged(WASAM, {"own": study.own_average}, *grid(rho=[0.2, 0.4]), name="WASAM", total_steps=n_steps),
+        *with_losses(study.saf, *grid(lam=[0.3, 1.0, 3.0], start_epoch=[5], lag=[3]), name="SAF"),
+        *with_losses(study.mesa, *grid(decay=[0.99, 0.998], lam=[0.8, 3.0], start_epoch=[5]), name="MESA"),
     ]
 
 
@@ -165,15 +200,18 @@ def score(candidate: Candidate, seed: int, epochs: int) -> Row:
     """One run."""
     start = time.perf_counter()
     data, net = fold(seed), study.make_net(seed)
-    fit = study.Fit(study.Entry("", candidate.make, held_out=candidate.held_out), net, data, epochs, seed)
+    entry = study.Entry("", candidate.make, held_out=candidate.held_out, **candidate.rest)
+    fit = study.Fit(entry, net, data, epochs, seed)
     *_, pairs = fit.run()
+    with fit.tested():
+        held_out, train = study.accuracy(net, data.test_x, data.test_y), study.accuracy(net, data.train_x, data.train_y)
     return Row(
         method=candidate.method,
         options=candidate.written,
         seed=seed,
         epochs=epochs,
-        held_out_accuracy=round(study.accuracy(net, data.test_x, data.test_y), 2),
-        train_accuracy=round(study.accuracy(net, data.train_x, data.train_y), 2),
+        held_out_accuracy=round(held_out, 2),
+        train_accuracy=round(train, 2),
         pairs_per_step=round(pairs / fit.kinds.total(), 4),
         seconds=round(time.perf_counter() - start, 2),
         torch=torch.__version__,

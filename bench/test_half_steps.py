@@ -120,6 +120,23 @@ def test_sam(benchmark, harness, shape_set, measured, first, second, n_bytes):
 
 @each_set
 @with_stopwatch
+def test_averaged(benchmark, harness, shape_set):
+    """An update that takes the weights into their mean: 8 bytes more, where a pass of its own has 12."""
+    steppers = [lambda w: peers.Averaged(w, backend="reference"), peers.Averaged, peers.ThenLerp]
+    made = rigs(shape_set, [*steppers, peers.ThenAveragedModel])
+    errors = checked(made, 3)
+    for rig in made:
+        for x, y in zip(rig.stepper.averages, made[0].stepper.averages, strict=True):
+            assert x.numel() == 0 or (x - y).abs().max() <= 1e-5 * y.abs().max(), rig.stepper.name
+    candidates = [
+        Candidate(rig.stepper.name, lambda rig=rig: rig.step(False, True), error)
+        for rig, error in zip(made[1:], errors[1:], strict=True)
+    ]
+    harness.compare(benchmark, shape_set, "update", "SAM averaged", candidates, 28)
+
+
+@each_set
+@with_stopwatch
 def test_looksam_cycle(benchmark, harness, shape_set):
     """Five steps with k = 5: one look of 56 B and four reuse steps of 28 B. Global scope; pytorch_optimizer has per-tensor
     scope only, so it is compared in time with ours of that scope, which moves the same bytes."""

@@ -32,6 +32,8 @@ const std::vector<std::string> kReportFields = {"grad_norm",     "second_norm", 
 
 // how many weights are in it, decay, warmup
 using AverageTuple = std::tuple<Tensor, std::optional<double>, bool>;
+// seed, step, draw
+using NoiseTuple = std::tuple<py::int_, uint32_t, uint32_t>;
 // grad_scale, found_inf
 using ScalingTuple = std::tuple<std::optional<Tensor>, std::optional<Tensor>>;
 
@@ -139,6 +141,7 @@ class Plan {
         step_(params_.size()),
         cache_(params_.size()),
         mask_(params_.size()),
+        average_(params_.size()),
         moves_(params_.size(), false),
         slots_(params_.size(), nullptr),
         cache_norm_(std::move(cache_norm)),
@@ -211,6 +214,19 @@ class Plan {
     mask_.at(index) = bits.value_or(Tensor());
   }
 
+  // The running average of one tensor; none: it has none.
+  void bind_average(size_t index, std::optional<Tensor> average) {
+    if (average) {
+      const Tensor& p = params_.at(index);
+      const at::ScalarType dtype = p.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+      TORCH_CHECK_VALUE(average->scalar_type() == dtype && average->device() == p.device() && same_layout(*average, p),
+                        "the average of parameter ", index, " must be ", dtype, " of shape ", p.sizes(),
+                        " with strides ", p.strides(), " on ", p.device(), ", got ", average->scalar_type(), " ",
+                        average->sizes(), " ", average->strides(), " on ", average->device());
+    }
+    average_.at(index) = std::move(average).value_or(Tensor());
+  }
+
   // Tensors that have a gradient and, in groups that need it, no state of the base optimizer yet.
   std::vector<size_t> missing_state(const std::vector<bool>& needed) const {
     return with_gradient([&](size_t t) { return needed[tables_.view.group[t]] && !state1_[t].defined(); });
@@ -270,6 +286,43 @@ class Plan {
     momentum_sq_known_ = true;
   }
 
+  // The same along noise, by the norms of the weights. While they are perturbed so, another draw starts from the saved
+  // ones.
+  void perturb_by_noise(const std::vector<ClimbTuple>& climbs, const Tensor& report, const NoiseTuple& noise) {
+    PlanView& plan = tables_.view;
+    const std::vector<ClimbGroup> groups = groups_of(climbs);
+    std::vector<Climb> kinds;
+    for (const ClimbGroup& group : groups) kinds.push_back(group.climb);
+    const bool another = perturbed_, known = another && kinds == noise_kinds_;
+    bind_weights();
+    if (!another) {
+      for (size_t t = 0; t < params_.size(); ++t) plan.first[t] = params_[t].requires_grad() ? plan.w[t] : Operand{};
+      bind_saved(groups);
+    }
+    bind_masks();
+    tables_.use_filters();
+    NoiseOptions options{.climbs = groups.data(),
+                         .n_groups = static_cast<int32_t>(groups.size()),
+                         .from_saved = another,
+                         .norms_known = known,
+                         .report = report.mutable_data_ptr<double>()};
+    options.seed = PyLong_AsUnsignedLongLongMask(std::get<0>(noise).ptr());
+    options.t = std::get<1>(noise);
+    options.draw = std::get<2>(noise);
+    const Tensor table = table_of(groups, options.climb_table);
+    {
+      py::gil_scoped_release unlocked;
+      if (device_) {
+        device_functions()->perturb_by_noise(device_->upload(plan), options, index());
+      } else {
+        cpu::perturb_by_noise(plan, options, torch_pool());
+      }
+    }
+    noise_kinds_ = std::move(kinds);
+    perturbed_ = true;
+    for (const Tensor& p : params_) bump_version(p);
+  }
+
   // Undoes perturb(): weights bitwise, gradients if they were kept.
   void restore() {
     if (!perturbed_) return;
@@ -289,10 +342,10 @@ class Plan {
   void update(int32_t base, const std::vector<BaseTuple>& base_groups, const MixTuple& mix, bool looked, bool check,
               double max_grad_norm, const Tensor& report, const ScalingTuple& scaling,
               const std::optional<AverageTuple>& average) {
-    TORCH_CHECK(!average, "averages are not folded into the update yet");
     const auto& [kind, scope, min_sine, alpha, weights] = mix;
     UpdateOptions options;
     options.base = static_cast<Base>(base);
+    if (average) options.average = average_of(*average, options.base);
     options.looked = looked;
     options.check = check;
     options.restores = perturbed_;
@@ -334,6 +387,7 @@ class Plan {
     if (options.base != Base::kNone) bind_row(plan.state1, state1_);
     if (adam) bind_row(plan.state2, state2_);
     if (adam) bind_row(plan.step, step_);
+    if (average) bind_row(plan.average, average_);
     {
       py::gil_scoped_release unlocked;
       PlanView view = device_ ? device_->upload(plan) : plan;
@@ -358,18 +412,23 @@ class Plan {
   int index() const { return params_[0].get_device(); }
   int64_t n_tensors() const { return static_cast<int64_t>(params_.size()); }
 
-  // Saves the weights and moves them by the directions in plan.first.
-  void climb(const std::vector<ClimbTuple>& climbs, PerturbOptions options, const Tensor& report) {
+  std::vector<ClimbGroup> groups_of(const std::vector<ClimbTuple>& climbs) const {
     std::vector<ClimbGroup> groups;
     for (const auto& [climb, rho, eta, trust_clip, on_device] : climbs) {
       groups.push_back({static_cast<Climb>(climb), scalar(rho, on_device, "rho"), eta, trust_clip});
-      if (groups.back().climb == Climb::kFilter) tables_.use_filters();
+    }
+    return groups;
+  }
+
+  // Saves the weights and moves them by the directions in plan.first.
+  void climb(const std::vector<ClimbTuple>& climbs, PerturbOptions options, const Tensor& report) {
+    const std::vector<ClimbGroup> groups = groups_of(climbs);
+    if (std::any_of(groups.begin(), groups.end(), [](const ClimbGroup& g) { return g.climb == Climb::kFilter; })) {
+      tables_.use_filters();
     }
     PlanView& plan = tables_.view;
     bind_saved(groups);
-    for_tensors(mask_.size(), [&](size_t t) {
-      plan.mask[t] = {mask_[t].defined() && plan.numel[t] > 0 ? mask_[t].data_ptr() : nullptr, Dtype::kFloat32};
-    });
+    bind_masks();
     options.climbs = groups.data();
     options.n_groups = static_cast<int32_t>(groups.size());
     options.report = report.mutable_data_ptr<double>();
@@ -416,6 +475,15 @@ class Plan {
                       "weights must be contiguous float64 with ", n_tensors(), " entries on ", params_[0].device(),
                       ", got ", weights->scalar_type(), " ", weights->sizes(), " on ", weights->device());
     return weights->const_data_ptr<double>();
+  }
+
+  AverageOptions average_of(const AverageTuple& average, Base base) const {
+    const auto& [taken, decay, warmup] = average;
+    TORCH_CHECK_VALUE(base != Base::kNone, "an update takes weights into averages only with a fused base");
+    TORCH_CHECK_VALUE(taken.scalar_type() == at::kLong && taken.numel() == 1 && taken.device() == params_[0].device(),
+                      "taken must be an int64 tensor of one entry on ", params_[0].device(), ", got ",
+                      taken.scalar_type(), " ", taken.sizes(), " on ", taken.device());
+    return {taken.mutable_data_ptr<int64_t>(), !decay, decay.value_or(0), warmup};
   }
 
   Scalar scalar(double host, const std::optional<Tensor>& on_device, const char* name) const {
@@ -524,6 +592,13 @@ class Plan {
     for_tensors(tensors.size(), [&](size_t t) { row[t] = tensors[t].defined() ? operand(tensors[t]) : Operand{}; });
   }
 
+  void bind_masks() {
+    for_tensors(mask_.size(), [&](size_t t) {
+      const bool is_masked = mask_[t].defined() && tables_.view.numel[t] > 0;
+      tables_.view.mask[t] = {is_masked ? mask_[t].data_ptr() : nullptr, Dtype::kFloat32};
+    });
+  }
+
   // Room for the saved weights of every tensor that is about to be perturbed, kept from step to step.
   void bind_saved(const std::vector<ClimbGroup>& groups) {
     constexpr int64_t kAlign = 64;
@@ -552,6 +627,7 @@ class Plan {
     for_tensors(params_.size(), [&](size_t t) { bump_version(params_[t]); });
     if (gave_gradients_) first_.assign(params_.size(), Tensor());
     perturbed_ = gave_gradients_ = false;
+    noise_kinds_.clear();
   }
 
   py::list objects_;
@@ -559,7 +635,7 @@ class Plan {
   Tables tables_;
   std::optional<DeviceTables> device_;
   Layouts layouts_;
-  std::vector<Tensor> first_, state1_, state2_, step_, cache_, mask_;
+  std::vector<Tensor> first_, state1_, state2_, step_, cache_, mask_, average_;
   std::vector<bool> moves_;  // along its momentum
   std::vector<void*> slots_;
   std::vector<Tensor> arenas_;
@@ -570,6 +646,7 @@ class Plan {
   bool momentum_sq_known_ = false;
   py::object add_up_ = py::none();
   uint64_t momentum_versions_ = 0;
+  std::vector<Climb> noise_kinds_;  // of the groups, whose norms are known while weights are perturbed by noise
   bool perturbed_ = false, gave_gradients_ = false;
 };
 
@@ -597,12 +674,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("bind_state", &Plan::bind_state)
       .def("bind_cache", &Plan::bind_cache)
       .def("bind_mask", &Plan::bind_mask)
+      .def("bind_average", &Plan::bind_average)
       .def("missing_state", &Plan::missing_state)
       .def("missing_cache", &Plan::missing_cache)
       .def("perturb", &Plan::perturb, py::arg("climbs"), py::arg("keep"), py::arg("report"),
            py::arg("scaling") = samkern::ScalingTuple(), py::arg("renormalise") = false)
       .def("perturb_along_momentum", &Plan::perturb_along_momentum, py::arg("climbs"), py::arg("report"),
            py::arg("renormalise") = false)
+      .def("perturb_by_noise", &Plan::perturb_by_noise, py::arg("climbs"), py::arg("report"), py::arg("noise"))
       .def("restore", &Plan::restore)
       .def("update", &Plan::update, py::arg("base"), py::arg("groups"), py::arg("mix"), py::arg("looked"),
            py::arg("check"), py::arg("max_grad_norm"), py::arg("report"), py::arg("scaling") = samkern::ScalingTuple(),

@@ -80,6 +80,11 @@ void difference_dot(const PlanView& plan, int device) {
   check(cuda::difference_dot(plan, stream_of(device)), "difference_dot");
 }
 
+void perturb_by_noise(const PlanView& plan, const NoiseOptions& options, int device) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  check(cuda::perturb_by_noise(plan, options, stream_of(device)), "perturb_by_noise");
+}
+
 int n_blocks(int device) { return device::kBlocksPerProcessor * attribute(cudaDevAttrMultiProcessorCount, device); }
 
 bool is_capturing(int device) {
@@ -87,9 +92,10 @@ bool is_capturing(int device) {
   return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
 }
 
-DeviceFunctions functions{perturb,           restore,        update,      reduce,
-                          perturb_apply,     update_apply,   select_mask, cuda::n_select_counters,
-                          fisher_accumulate, difference_dot, n_blocks,    is_capturing,
+DeviceFunctions functions{perturb,           restore,        update,           reduce,
+                          perturb_apply,     update_apply,   select_mask,      cuda::n_select_counters,
+                          fisher_accumulate, difference_dot, perturb_by_noise, n_blocks,
+                          is_capturing,
                           /*on_host=*/false};
 
 }  // namespace

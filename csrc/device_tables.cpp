@@ -55,7 +55,8 @@ DeviceTables::DeviceTables(const Tables& tables, at::Device device)
 
   const size_t rows = reserve<Operand>(kNRows * n, sent_.data());
   const size_t numel = reserve(n, host.numel), group = reserve(n, host.group), filters = reserve(n, host.filters);
-  const size_t flat = reserve(n, host.flat);
+  const size_t flat = reserve(n, host.flat), slices = reserve(n, host.slices);
+  const size_t first_dim = reserve(n + 1, host.first_dim), dims = reserve(host.first_dim[n], host.dims);
   const size_t chunk_tensor = reserve(n_chunks, host.chunk_tensor), chunk_index = reserve(n_chunks, host.chunk_index);
   const size_t first_chunk = reserve(n + 1, host.first_chunk), block_begin = reserve(begin.size(), begin.data());
   const size_t filter_runs = reserve(host.n_filter_runs, host.filter_runs);
@@ -69,11 +70,14 @@ DeviceTables::DeviceTables(const Tables& tables, at::Device device)
   auto place = [&](auto*& field, size_t at) {
     field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(base + at);
   };
-  Operand** row_fields[] = {&view_.w,      &view_.grad,   &view_.first, &view_.saved, &view_.cache,
-                            &view_.state1, &view_.state2, &view_.step,  &view_.out,   &view_.mask};
+  Operand** row_fields[] = {&view_.w,      &view_.grad, &view_.first, &view_.saved, &view_.cache,  &view_.state1,
+                            &view_.state2, &view_.step, &view_.out,   &view_.mask,  &view_.average};
   for (size_t row = 0; row < kNRows; ++row) place(*row_fields[row], rows + row * n * sizeof(Operand));
   place(view_.numel, numel);
   place(view_.flat, flat);
+  place(view_.slices, slices);
+  place(view_.first_dim, first_dim);
+  place(view_.dims, dims);
   place(view_.group, group);
   place(view_.filters, filters);
   place(view_.chunk_tensor, chunk_tensor);

@@ -35,6 +35,21 @@ struct PerturbOptions {
   const AfterSums* after_sums = nullptr;
 };
 
+// w = w + std n z, std being rho of the group and z normal numbers.
+struct NoiseOptions {
+  const ClimbGroup* climbs = nullptr;  // [n_groups]
+  int32_t n_groups = 0;
+  const ClimbGroup* climb_table = nullptr;  // a copy on the device, where a launch cannot carry that many
+  uint64_t seed = 0;
+  uint32_t t = 0, draw = 0;       // of the noise
+  int64_t first = 0;              // place of the list's first entry in the list that the noise is of
+  const double* norms = nullptr;  // [n_norms] n of every dim-0 slice; null: by the climbs
+  int64_t n_norms = 0;
+  bool from_saved = false;   // w = saved + std n z, with norms of saved
+  bool norms_known = false;  // plan.sums and the tables of filters have them
+  double* report = nullptr;  // [kNReport], written; null: not wanted
+};
+
 struct UpdateOptions {
   Base base = Base::kNone;
   const BaseGroup* groups = nullptr;  // [n_groups]
@@ -50,6 +65,7 @@ struct UpdateOptions {
   double* report = nullptr;       // [kNReport], as perturb left it if the step looked; else written
   int64_t* skips = nullptr;       // counts skipped steps
   double* momentum_sq = nullptr;  // [n_tensors] the sum of squares of every state1 that is written; null: not wanted
+  AverageOptions average;         // of plan.average; not with Base::kNone
   const AfterSums* after_sums = nullptr;
 
   // Whether sums over the gradients are needed before the update may begin.
@@ -101,6 +117,7 @@ struct DeviceFunctions {
   int64_t (*n_select_counters)(const PlanView& plan, const SelectOptions& options);
   void (*fisher_accumulate)(const PlanView& plan, const FisherOptions& options, int device);
   void (*difference_dot)(const PlanView& plan, int device);
+  void (*perturb_by_noise)(const PlanView& plan, const NoiseOptions& options, int device);
   int (*n_blocks)(int device);       // that are resident at the same time
   bool (*is_capturing)(int device);  // whether the current stream records a graph
   bool on_host;                      // compiled for the CPU, for tests: they work on the host's memory

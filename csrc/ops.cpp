@@ -4,6 +4,7 @@
 // touching foreign memory.
 #include <torch/library.h>
 
+#include <cmath>
 #include <optional>
 #include <utility>
 
@@ -109,6 +110,11 @@ class Call {
   void perturb_apply(const PerturbOptions& options) {
     if (!on_device_) return cpu::perturb_apply(bound(), options, torch_pool());
     device_functions()->perturb_apply(uploaded(), options, index());
+  }
+
+  void perturb_by_noise(const NoiseOptions& options) {
+    if (!on_device_) return cpu::perturb_by_noise(bound(), options, torch_pool());
+    device_functions()->perturb_by_noise(uploaded(), options, index());
   }
 
   void restore() {
@@ -267,6 +273,52 @@ void perturb_(TensorList w, TensorList g, TensorList saved, const Tensor& scale,
     call.reduce({.a = plan.first, .climbs = &group});
   }
   call.perturb_apply({.climbs = &group, .n_groups = 1});
+}
+
+// With from_saved, saved is only read.
+void gaussian_perturb_(TensorList w, TensorList saved, double std, int64_t seed, int64_t t, int64_t draw, int64_t first,
+                       c10::string_view scale, const std::optional<Tensor>& norms, const std::optional<Tensor>& mask,
+                       bool from_saved) {
+  Call call(w);
+  PlanView& plan = call.view();
+  const bool is_given = scale == "given";
+  TORCH_CHECK_VALUE(is_given || scale == "filter" || scale == "tensor", "expected filter, tensor or given, got ",
+                    scale);
+  TORCH_CHECK_VALUE(std >= 0 && std::isfinite(std), "std must be a finite number >= 0, got ", std);
+  TORCH_CHECK_VALUE(t >= 0 && t <= UINT32_MAX, "t must be in [0, 2^32), got ", t);
+  TORCH_CHECK_VALUE(draw >= 0 && draw < 1 << 24, "draw must be in [0, 2^24), got ", draw);
+  TORCH_CHECK_VALUE(first >= 0, "first must be >= 0, got ", first);
+  TORCH_CHECK_VALUE(is_given == norms.has_value(), "norms go with scale 'given', got ", scale);
+  const ClimbGroup group{scale == "filter" ? Climb::kNoiseFilter : Climb::kNoiseTensor, {std}, 0, 0};
+  NoiseOptions options{.climbs = &group,
+                       .n_groups = 1,
+                       .seed = static_cast<uint64_t>(seed),
+                       .t = static_cast<uint32_t>(t),
+                       .draw = static_cast<uint32_t>(draw),
+                       .first = first,
+                       .from_saved = from_saved};
+  if (is_given) {
+    for (const Tensor& x : w) options.n_norms += x.dim() > 0 ? x.size(0) : 1;
+    TORCH_CHECK_VALUE(
+        norms->scalar_type() == at::kDouble && norms->is_contiguous() && norms->numel() == options.n_norms,
+        "norms must be contiguous float64 with ", options.n_norms, " entries, got ", norms->scalar_type(), " ",
+        norms->sizes());
+    call.check_device(*norms, "norms");
+    options.norms = norms->const_data_ptr<double>();
+  }
+  if (from_saved) {
+    call.reads(plan.saved, saved, "saved");
+  } else {
+    call.writes(plan.saved, saved, "saved");
+    for (size_t i = 0; i < w.size(); ++i) {
+      TORCH_CHECK_TYPE(saved[i].scalar_type() == w[i].scalar_type(), "saved[", i, "] must be ", w[i].scalar_type());
+    }
+  }
+  std::copy_n(plan.saved, w.size(), plan.first);  // so that the one dtype of the lists is that of saved, too
+  call.writes(plan.w, w, "w");
+  if (mask) call.mask(plan.mask, *mask, "mask");
+  call.use_filters();
+  call.perturb_by_noise(options);
 }
 
 void restore_(TensorList w, TensorList saved) {
@@ -445,6 +497,9 @@ TORCH_LIBRARY(samkern, m) {
   m.def(
       "perturb_(Tensor(a!)[] w, Tensor[] g, Tensor(b!)[] saved, Tensor scale, str direction='gradient', float eta=0.0, "
       "Tensor? mask=None) -> ()");
+  m.def(
+      "gaussian_perturb_(Tensor(a!)[] w, Tensor(b!)[] saved, float std, int seed, int t, int draw=0, int first=0, str "
+      "scale='filter', Tensor? norms=None, Tensor? mask=None, bool from_saved=False) -> ()");
   m.def("restore_(Tensor(a!)[] w, Tensor[] saved) -> ()");
   m.def("decompose_(Tensor(a!)[] c, Tensor[] g, Tensor[] g_s, Tensor k, Tensor(b!) cc) -> ()");
   m.def("combine_(Tensor(a!)[] u, Tensor[] a, Tensor[] b, Tensor coeff_a, Tensor coeff_b) -> ()");
@@ -467,6 +522,7 @@ void implement(torch::Library& m) {
   m.impl("norms", norms);
   m.impl("difference_dot", difference_dot);
   m.impl("perturb_", perturb_);
+  m.impl("gaussian_perturb_", gaussian_perturb_);
   m.impl("restore_", restore_);
   m.impl("decompose_", decompose_);
   m.impl("combine_", combine_);

@@ -95,6 +95,12 @@ SAMKERN_INLINE T accumulate_square(T f, T g, T keep, T gain) {
   return keep * f + gain * (g * g);
 }
 
+// A running average, mean or exponential: avg' = avg + k (w - avg).
+template <typename T>
+SAMKERN_INLINE T average(T avg, T w, T gain) {
+  return avg + gain * (w - avg);
+}
+
 SAMKERN_INLINE uint32_t bits_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);

@@ -36,6 +36,12 @@ struct Filters {
   int64_t first;  // place of its first filter in the tables of filters
 };
 
+// One step of a tensor's memory order, the largest first: entries that lie `size` apart in turn are `step` apart in
+// row-major order.
+struct Dim {
+  int64_t size, step;
+};
+
 // Filters that one thread sums: about a chunk's worth of elements, at least one filter.
 struct FilterRun {
   int32_t tensor;
@@ -55,11 +61,15 @@ struct PlanView {
   // while `grad` is the one at w + eps. `saved` is w itself while w is perturbed. `state1`, `state2` are
   // momentum_buffer or exp_avg, and exp_avg_sq; `step` is Adam's 0-d step; `out` receives u for other bases; `mask` are
   // bits, one an entry in the order of w's memory, from a multiple of 4 bytes on: where 0, the entry is not perturbed.
-  Operand *w, *grad, *first, *saved, *cache, *state1, *state2, *step, *out, *mask;
+  // `average` is a running average of w, in the math type.
+  Operand *w, *grad, *first, *saved, *cache, *state1, *state2, *step, *out, *mask, *average;
   uint8_t* fresh;  // [n_tensors] 1: state1 has never been written (SGD's first step takes u undampened)
 
   const int64_t* numel;         // [n_tensors]
   const int64_t* flat;          // [n_tensors] entries of the list before this tensor's
+  const int64_t* slices;        // [n_tensors] dim-0 slices of the list before this tensor's
+  const int32_t* first_dim;     // [n_tensors + 1] of a tensor's dims; a tensor in row-major order has none
+  const Dim* dims;              // [first_dim[n_tensors]]
   const int32_t* group;         // [n_tensors] row of the per-group options
   const Filters* filters;       // [n_tensors]
   const int32_t* chunk_tensor;  // [n_chunks] which tensor; an empty tensor keeps its number and owns no chunk
@@ -82,6 +92,26 @@ struct PlanView {
   SAMKERN_INLINE double* coeffs_of(Coeff which) const { return coeffs + static_cast<int64_t>(which) * n_tensors; }
 };
 
+// Place in row-major order of the entry that is number `at` in a tensor's memory.
+SAMKERN_INLINE int64_t row_major(const PlanView& plan, int32_t tensor, int64_t at) {
+  const int32_t begin = plan.first_dim[tensor];
+  if (begin == plan.first_dim[tensor + 1]) return at;
+  int64_t place = 0;
+  for (int32_t d = plan.first_dim[tensor + 1] - 1; d >= begin; --d) {
+    const Dim dim = plan.dims[d];
+    place += at % dim.size * dim.step;
+    at /= dim.size;
+  }
+  return place;
+}
+
+// The dim-0 slices of a tensor, of one dimension too; `first` counts those of the whole list.
+SAMKERN_INLINE Filters slices_of(const PlanView& plan, int32_t tensor) {
+  const Filters filters = plan.filters[tensor];
+  return filters.count > 0 ? Filters{filters.count, filters.stride, plan.slices[tensor]}
+                           : Filters{plan.numel[tensor], 1, plan.slices[tensor]};
+}
+
 // How a group is perturbed: eps = scale * direction. Values are shared with samkern/optim/perturbation.py.
 enum class Climb : int32_t {
   kEuclidean,  // rho g / norm(g)
@@ -92,7 +122,14 @@ enum class Climb : int32_t {
   kLars,       // rho norm(w_i) g_i / norm(g_i)
   kLayerSign,  // rho norm(w_i) / norm(g_i) sign(g_i)
   kTrust,      // rho min(norm(w_i) / norm(g_i), trust_clip) g_i / norm(g)
+  // Along noise: rho n z, z standard normal.
+  kNoiseFilter,  // n = norm(w_f), of a tensor of fewer than two dimensions norm(w_i)
+  kNoiseTensor,  // n = norm(w_i)
 };
+
+SAMKERN_INLINE constexpr bool is_noise(Climb climb) {
+  return climb == Climb::kNoiseFilter || climb == Climb::kNoiseTensor;
+}
 
 // A hyper-parameter. `device` wins if there is one: a captured graph reads it anew in every replay.
 struct Scalar {
@@ -119,9 +156,11 @@ struct ClimbGroup {
   double eta = 0, trust_clip = 0;
 };
 
-// The climb of one tensor: with one-entry filters, filter-wise means element-wise.
+// The climb of one tensor: with one-entry filters, filter-wise means element-wise, and of noise tensor by tensor.
 SAMKERN_INLINE Climb climb_of(const ClimbGroup& group, const Filters& filters) {
-  return group.climb == Climb::kFilter && filters.count == 0 ? Climb::kElement : group.climb;
+  if (filters.count > 0) return group.climb;
+  if (group.climb == Climb::kNoiseFilter) return Climb::kNoiseTensor;
+  return group.climb == Climb::kFilter ? Climb::kElement : group.climb;
 }
 
 // What the base optimizer receives: u = A a + B b. Values are shared with samkern/options.py.
@@ -145,6 +184,14 @@ struct MixOptions {
   double min_sine = 0;           // a cache no longer than this share of norm(grad) is rounding residue: never reused
   double* cache_norm = nullptr;  // [n_tensors + 1] per tensor, then over all; kept between steps; 0: not to be reused
   const double* weights = nullptr;  // [n_tensors] of kAdd: factors on alpha; null: 1
+};
+
+// How an update takes the new w into plan.average, which holds `taken` weights already: avg += k (w - avg).
+struct AverageOptions {
+  int64_t* taken = nullptr;  // null: it does not; else counted up unless the step is skipped
+  bool mean = true;          // k = 1 / (taken + 1), the mean of all; else 1 - decay after the first, which is copied
+  double decay = 0;
+  bool warmup = false;  // the decay is at most (1 + taken) / (10 + taken)
 };
 
 enum class Base : int32_t { kNone, kSgd, kAdam, kAdamW };

@@ -68,4 +68,13 @@ SAMKERN_INLINE double clip_factor(double max_norm, double norm) {
   return factor >= 1 ? 1 : factor;
 }
 
+// k of the average that has taken `taken` weights so far; 1: it becomes w.
+SAMKERN_INLINE double average_gain(const AverageOptions& average) {
+  const auto m = static_cast<double>(*average.taken);
+  if (average.mean) return 1 / (m + 1);
+  if (m == 0) return 1;
+  const double bound = (1 + m) / (10 + m);
+  return 1 - (average.warmup && bound < average.decay ? bound : average.decay);
+}
+
 }  // namespace samkern::scalars

@@ -16,6 +16,26 @@ void run_parts(int64_t n_parts, void (*body)(const void*, int64_t), const void* 
   });
 }
 
+// Dims of more than one entry in memory order, neighbours that step alike in row-major order taken together; none if
+// that is memory order.
+std::vector<Dim> order_of(const at::Tensor& like) {
+  std::vector<Dim> dims;
+  if (like.is_contiguous()) return dims;
+  std::vector<std::pair<int64_t, Dim>> strided;
+  for (int64_t d = like.dim() - 1, step = 1; d >= 0; step *= like.size(d--)) {
+    if (like.size(d) > 1) strided.push_back({like.stride(d), {like.size(d), step}});
+  }
+  std::sort(strided.begin(), strided.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+  for (const auto& [stride, dim] : strided) {
+    if (!dims.empty() && dims.back().step == dim.size * dim.step) {
+      dims.back() = {dims.back().size * dim.size, dim.step};
+    } else {
+      dims.push_back(dim);
+    }
+  }
+  return dims;
+}
+
 }  // namespace
 
 cpu::Pool torch_pool() { return {at::get_num_threads(), run_parts}; }
@@ -83,10 +103,11 @@ Tables::Tables(at::TensorList like, std::vector<int32_t> group, int64_t chunk)
   const auto n = static_cast<int64_t>(like.size());
   first_chunk_.push_back(0);
   chunk_cost_.push_back(0);
+  first_dim_.push_back(0);
   for (int64_t t = 0; t < n; ++t) add_tensor(like[t], static_cast<int32_t>(t));
 
-  Operand** rows[] = {&view.w,      &view.grad,   &view.first, &view.saved, &view.cache,
-                      &view.state1, &view.state2, &view.step,  &view.out,   &view.mask};
+  Operand** rows[] = {&view.w,      &view.grad, &view.first, &view.saved, &view.cache,  &view.state1,
+                      &view.state2, &view.step, &view.out,   &view.mask,  &view.average};
   static_assert(std::size(rows) == kNRows);
   operands_.resize(kNRows * n);
   for (size_t row = 0; row < kNRows; ++row) *rows[row] = operands_.data() + row * n;
@@ -99,6 +120,9 @@ Tables::Tables(at::TensorList like, std::vector<int32_t> group, int64_t chunk)
   view.n_filter_runs = static_cast<int32_t>(filter_runs_.size());
   view.numel = numel_.data();
   view.flat = flat_.data();
+  view.slices = slices_.data();
+  view.first_dim = first_dim_.data();
+  view.dims = dims_.data();
   view.group = group_.data();
   view.filters = filters_.data();
   view.chunk_tensor = chunk_tensor_.data();
@@ -122,14 +146,20 @@ void Tables::use_filters() {
 
 int64_t Tables::n_bytes() const {
   const auto add = [](const auto&... tables) { return (... + (tables.capacity() * sizeof(tables[0]))); };
-  return static_cast<int64_t>(add(operands_, fresh_, numel_, flat_, chunk_cost_, group_, chunk_tensor_, chunk_index_,
-                                  first_chunk_, filters_, filter_runs_, workspace_, filter_sums_));
+  return static_cast<int64_t>(add(operands_, fresh_, numel_, flat_, slices_, chunk_cost_, group_, chunk_tensor_,
+                                  chunk_index_, first_chunk_, first_dim_, dims_, filters_, filter_runs_, workspace_,
+                                  filter_sums_));
 }
 
 void Tables::add_tensor(const at::Tensor& like, int32_t index) {
   const int64_t numel = like.numel();
   flat_.push_back(numel_.empty() ? 0 : flat_.back() + numel_.back());
   numel_.push_back(numel);
+  slices_.push_back(n_slices_);
+  n_slices_ += like.dim() > 0 ? like.size(0) : 1;
+  const std::vector<Dim> order = order_of(like);
+  dims_.insert(dims_.end(), order.begin(), order.end());
+  first_dim_.push_back(static_cast<int32_t>(dims_.size()));
   for (int64_t at = 0; at < numel; at += chunk_) {
     chunk_tensor_.push_back(index);
     chunk_index_.push_back(static_cast<int32_t>(at / chunk_));

@@ -29,7 +29,7 @@ Operand operand(const at::Tensor& x);
 // As operand(), but x has the layout of `like`: copied into it if need be, and the copy is kept in `copies`.
 Operand operand_like(const at::Tensor& x, const at::Tensor& like, std::vector<at::Tensor>& copies);
 
-constexpr size_t kNRows = 10;  // of operands in a PlanView
+constexpr size_t kNRows = 11;  // of operands in a PlanView
 
 // The one dtype of all weights and of the gradients that are bound, for which a GPU has kernels of its own; or -1.
 int32_t common_dtype(const PlanView& plan);
@@ -56,12 +56,13 @@ class Tables {
 
   std::vector<Operand> operands_;
   std::vector<uint8_t> fresh_;
-  std::vector<int64_t> numel_, flat_, chunk_cost_;
-  std::vector<int32_t> group_, chunk_tensor_, chunk_index_, first_chunk_;
+  std::vector<int64_t> numel_, flat_, slices_, chunk_cost_;
+  std::vector<int32_t> group_, chunk_tensor_, chunk_index_, first_chunk_, first_dim_;
+  std::vector<Dim> dims_;
   std::vector<Filters> filters_;
   std::vector<FilterRun> filter_runs_;
   std::vector<double> workspace_, filter_sums_;
-  int64_t n_filters_ = 0, chunk_;
+  int64_t n_filters_ = 0, n_slices_ = 0, chunk_;
 };
 
 }  // namespace samkern

@@ -5,14 +5,19 @@ import warnings
 __version__ = "0.1.0"
 
 from . import fisher, history, ops, optim, sharpness
+from .archive import LogitArchive
 from .backends import NotBuiltError, backends, info, native, use_backend
 from .batchnorm import frozen_running_stats
 from .bitmask import BitMask
 from .fisher import SampleLosses
+from .lora import Adapter
+from .losses import Indexed, MESALoss, SAFLoss
 from .optim import (
     AESAM,
     ARSAM,
     ASAM,
+    BAR,
+    EMA,
     GRST,
     LETSASAM,
     LETSSAM,
@@ -22,12 +27,18 @@ from .optim import (
     SAM,
     SSAMD,
     SSAMF,
+    SWA,
+    SWAD,
+    WASAM,
     AELookSAM,
+    FlatLoRA,
     LookLayerSAM,
     LookSAM,
+    LoRASAM,
     SAMk,
     SharpnessAware,
 )
+from .reestimate import update_bn
 
 if native is None:
     warnings.warn(f"samkern runs on plain PyTorch passes, which are slower: {backends()['cpu'].why}", stacklevel=2)
@@ -36,6 +47,8 @@ __all__ = [
     "AESAM",
     "ARSAM",
     "ASAM",
+    "BAR",
+    "EMA",
     "GRST",
     "LETSASAM",
     "LETSSAM",
@@ -45,11 +58,21 @@ __all__ = [
     "SAM",
     "SSAMD",
     "SSAMF",
+    "SWA",
+    "SWAD",
+    "WASAM",
     "AELookSAM",
+    "Adapter",
     "BitMask",
+    "FlatLoRA",
+    "Indexed",
+    "LoRASAM",
+    "LogitArchive",
     "LookLayerSAM",
     "LookSAM",
+    "MESALoss",
     "NotBuiltError",
+    "SAFLoss",
     "SAMk",
     "SampleLosses",
     "SharpnessAware",
@@ -61,5 +84,6 @@ __all__ = [
     "ops",
     "optim",
     "sharpness",
+    "update_bn",
     "use_backend",
 ]

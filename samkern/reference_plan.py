@@ -158,7 +158,7 @@ class ReferencePlan:
             group = climbs[self._group[i]]
             options: dict[str, Any] = {"first": flat[i], "mask": self._mask.get(i), "from_saved": True}
             options |= {**noise._asdict(), "scale": _NOISE[group.climb]}
-            std = torch.where(finite, report.new_tensor(group.rho), 0.0)
+            std = finite.double() * group.rho
             p = self._params[i].detach()
             gaussian_perturb([p], [saved], std, **options)  # type: ignore[arg-type]
             if saved.element_size() == 2:
@@ -213,6 +213,8 @@ class ReferencePlan:
         scaling: Scaling = UNSCALED,
         average: AverageOptions | None = None,
     ) -> None:
+        if average is not None and base == Base.NONE:
+            raise ValueError("an update takes weights into averages only with a fused base")
         grads = self._gradients()
         if not looked:
             report.zero_()

@@ -17,6 +17,19 @@ from .tensors import overlaps_itself
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """In the block, layers with running statistics are in evaluation mode. Afterwards modes and buffers are as before."""
     normalising = [m for m in module.modules() if m.training and _keeps_statistics(m)]
+    with unchanged_buffers(module):
+        try:
+            for m in normalising:
+                m.training = False  # not eval(), which would change the modules within it
+            yield
+        finally:
+            for m in normalising:
+                m.training = True
+
+
+@contextmanager
+def unchanged_buffers(module: nn.Module) -> Iterator[None]:
+    """After the block, all buffers are as before it: the same tensors, bit by bit."""
     buffers = [
         # What overlaps itself cannot be written in place, by nobody.
         (owner, name, x, None if x.layout != torch.strided or overlaps_itself(x) else x.detach().clone(), x._version)
@@ -24,12 +37,8 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         for name, x in owner.named_buffers(recurse=False)
     ]
     try:
-        for m in normalising:
-            m.training = False  # not eval(), which would change the modules within it
         yield
     finally:
-        for m in normalising:
-            m.training = True
         for owner, name, x, copy, version in buffers:
             if getattr(owner, name, None) is not x:
                 setattr(owner, name, x)
@@ -37,6 +46,19 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
                 # Graphs that saved a buffer stay valid if it was not written: .data does not count as a write.
                 with torch.no_grad():
                     (x.data if x._version == version else x).copy_(copy)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """In the block, all of ``module`` is in evaluation mode. Afterwards modes are as before."""
+    training = [m for m in module.modules() if m.training]
+    try:
+        for m in training:
+            m.training = False
+        yield
+    finally:
+        for m in training:
+            m.training = True
 
 
 def _keeps_statistics(module: nn.Module) -> bool:

@@ -35,6 +35,9 @@ DeviceFunctions functions{
       check(cuda::fisher_accumulate(plan, options, stream()));
     },
     [](const PlanView& plan, int) { check(cuda::difference_dot(plan, stream())); },
+    [](const PlanView& plan, const NoiseOptions& options, int) {
+      check(cuda::perturb_by_noise(plan, options, stream()));
+    },
     [](int) { return Machine::get().setting.n_blocks; },
     [](int) { return Machine::get().setting.capturing; },
     /*on_host=*/true,

@@ -426,3 +426,35 @@ def _accumulated(net: Net, opt: Any, t: int, scaler: Any) -> None:
 
 
 WAYS = {"": _closure, "halves": _halves, "accumulated": _accumulated}
+
+
+def averaged(how: str) -> dict[str, Any]:
+    """An EMA and a SWAD along a training of a net that is sharded ``how``, or of one process's for "whole"."""
+    net = make_net(FP32)
+    if how != "whole":
+        sharded(net, how)
+    opt = samkern.SAM(net.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.1)
+    ema, swad = samkern.EMA(opt, 0.8), samkern.SWAD(opt, n_converge=1, on_host=True)
+    outputs = []
+
+    def look() -> None:
+        with torch.no_grad():
+            outputs.append(net(batch(99)[0]))
+
+    for t in range(4):
+        opt.step(closure_for(net, t, opt))
+        swad.validate([1.0, 1.0, 5.0, 1.0][t])
+    look()
+    with ema.swapped(net):
+        look()
+    look()
+    state = ema.state_dict()
+    for t in range(4, 6):
+        opt.step(closure_for(net, t, opt))
+    before = [whole(x).clone() for x in ema.averages]
+    ema.load_state_dict({**state, "averages": {i: whole(x).clone() for i, x in state["averages"].items()}})
+    averages = [whole(x) for x in ema.averages]
+    swad.copy_to_weights()
+    look()
+    again = all(map(torch.equal, averages, before))
+    return {"outputs": outputs, "averages": averages, "again": again, "n": swad.n_averaged}

@@ -503,7 +503,7 @@ def test_the_expected_product():
 def test_kernels_compile_without_spills(source, architecture):
     """128 registers: two blocks of 256 threads on a processor."""
     found = kernels.measure(source, architecture)
-    assert len(found) == {"fisher": 4, "perturb": 4, "reduce": 8, "select": 10, "update": 17}[source.stem]
+    assert len(found) == {"fisher": 4, "noise": 4, "perturb": 4, "reduce": 8, "select": 10, "update": 17}[source.stem]
     for kernel in found:
         assert kernel.spills == 0, kernel
         assert kernel.registers <= 128, kernel

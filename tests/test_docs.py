@@ -48,6 +48,7 @@ def public_objects():
 PUBLIC = dict(public_objects())
 WITHOUT_EXAMPLE = {  # they are returned or subclassed, not called
     "samkern.NotBuiltError",
+    "samkern.optim.Companion",
     "samkern.optim.Decision",
     "samkern.optim.Mask",
     "samkern.optim.Looking",
@@ -55,6 +56,7 @@ WITHOUT_EXAMPLE = {  # they are returned or subclassed, not called
     "samkern.optim.Outcome",
     "samkern.optim.Perturbation",
     "samkern.optim.Reuse",
+    "samkern.optim.RunningAverage",
     "samkern.optim.Schedule",
     "samkern.optim.StepRecord",
 }
@@ -168,27 +170,32 @@ ARROWS = {  # a module may import from the left of itself only
     "shards": set(),
     "tensors": {"shards"},
     "options": set(),
+    "lora": {"shards", "tensors"},
     "backends": set(),
     "batchnorm": set(),
     "philox": set(),
     "bitmask": {"reference"},
     "reference_masks": {"philox", "reference"},
-    "reference_plan": {"reference", "options", "tensors"},
+    "reference_noise": {"philox", "reference"},
+    "reference_plan": {"reference", "reference_noise", "options", "tensors"},
     "sharded_plan": {"options", "plan", "reference", "shards"},
     "sharded_select": {"bitmask", "shards"},
     "plan": {"backends", "bitmask", "options", "reference_plan", "sharded_plan", "shards"},
-    "ops": {"backends", "bitmask", "reference", "reference_masks", "shards", "tensors"},
+    "ops": {"backends", "bitmask", "reference", "reference_masks", "reference_noise", "shards", "tensors"},
     "undisturbed": {"batchnorm", "tensors"},
     "samples": {"undisturbed"},
     "fisher": {"ops", "reference", "samples", "shards", "tensors", "undisturbed"},
     "optim": {
-        *("backends", "batchnorm", "bitmask", "fisher", "ops", "options", "philox", "plan", "reference", "tensors"),
-        *("sharded_plan", "sharded_select", "shards"),
+        *("backends", "batchnorm", "bitmask", "fisher", "lora", "ops", "options", "philox", "plan", "reference"),
+        *("sharded_plan", "sharded_select", "shards", "tensors", "undisturbed"),
     },
     "history": {"optim"},
+    "archive": set(),
+    "losses": {"archive", "optim", "undisturbed"},
+    "reestimate": {"optim"},
     "integrations": {"optim", "shards"},
     "sharpness": set(),
-    "demo": {"backends", "fisher", "optim", "sharpness"},
+    "demo": {"backends", "fisher", "losses", "optim", "reestimate", "sharpness", "undisturbed"},
 }
 
 

@@ -458,3 +458,16 @@ def test_the_largest_of_parts_are_those_of_the_whole(ranks, n, layout):
             assert sum(int(x.sum()) for x in expected) == k
             for chosen in results:
                 assert all(map(torch.equal, chosen[dtype, kind, k], expected)), (dtype, kind, k)
+
+
+@pytest.mark.parametrize("how", ["fully", "kept", "partly"])
+def test_averages_of_sharded_weights(ranks, how):
+    """Swapped in and out although ``fully_shard`` may keep what it has gathered; as those of whole weights."""
+    whole = sharded.averaged("whole")
+    assert not torch.allclose(whole["outputs"][0], whole["outputs"][1])
+    for left in ranks.run(2, sharded.averaged, how):
+        assert torch.equal(left["outputs"][0], left["outputs"][2])
+        assert left["again"]
+        assert left["n"] == whole["n"] == 4
+        for ours, theirs in zip(left["outputs"] + left["averages"], whole["outputs"] + whole["averages"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -505,3 +505,24 @@ def test_more_elements_than_an_int32_counts(backend):
     for w, updated, grad in zip(before.split(piece), p.detach().split(piece), g.split(piece), strict=True):
         assert torch.equal(updated, (w.float() - lr * grad.float()).to(BF16))
     torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_an_archive_of_logits_from_the_gpu(kind, tmp_path):
+    """Copies are under way when the next step begins; none is lost, and the first of an epoch counts."""
+    path = tmp_path / "logits" if kind == "file" else None
+    archive = samkern.LogitArchive(512, 10, lag=2, dtype=FP16, path=path)
+    generator = torch.Generator().manual_seed(0)
+    for epoch in range(4):
+        order = torch.randperm(512, generator=generator)
+        expected = torch.empty(512, 10)
+        for index in order.split(64):
+            logits = torch.randn(64, 10, device="cuda")
+            archive.write(epoch, index, logits)
+            expected[index] = logits.half().float().cpu()
+            archive.write(epoch, index, logits * 0)  # as the second pass of a SAM step
+            logits.zero_()  # the memory is used again
+        kept, there = archive.read(epoch, torch.arange(512))
+        assert there.all()
+        assert torch.equal(kept, expected)
+        assert archive.filled(max(epoch - 2, 0)) == 512

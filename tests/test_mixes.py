@@ -81,15 +81,18 @@ class Run:
         self.reports.append(torch.full((len(Report),), torch.nan, dtype=FP64))
         return self.reports[-1]
 
-    def step(self, mix, *, looks, missing=((), ()), scale=1.0, clip=0.0, check=True, bad=False):
-        scaling, report = Scaling(torch.full((1,), scale) if scale != 1 else None), self.report()
+    def step(self, mix, *, looks, missing=((), ()), scale=1.0, clip=0.0, check=True, bad=False, inf=None, average=None):
+        grad_scale = torch.full((1,), scale) if scale != 1 else None
+        scaling, report = Scaling(grad_scale, None if inf is None else torch.full((1,), inf)), self.report()
         self.take_gradients(missing[0], scale)
         if looks:
             self.plan.perturb(
                 [ClimbGroup(Climb.EUCLIDEAN, 0.5), ClimbGroup(Climb.ELEMENT, 0.5, 0.01)], True, report, scaling
             )
             self.take_gradients(missing[1], scale, bad)
-        self.plan.update(self.base, self.options, mix, looks, check, clip, report, scaling)
+        elif bad:
+            self.params[3].grad[-1] = torch.nan
+        self.plan.update(self.base, self.options, mix, looks, check, clip, report, scaling, average)
 
     def step_along_momentum(self, climb=Climb.EUCLIDEAN, renormalise=False, missing=(), clip=0.0, bad=False):
         """Returns the weights at which the gradient is taken."""

@@ -31,6 +31,9 @@ def samples():
     bits = ops.random_mask(w, 70_000, backend="cpu").bits
     yield "norms", (w, g, c, "filter", 0.1, bits), {}
     yield "perturb_", (w, g, v, scalar(0.1)), {"mask": bits}
+    yield "gaussian_perturb_", (w, v, 0.1, 1, 2), {"draw": 3, "first": 5, "mask": bits}
+    yield "gaussian_perturb_", (w, v, 0.1, -1, 2), {"scale": "given", "norms": torch.rand(70_006, dtype=FP64)}
+    yield "gaussian_perturb_", (w, v, 0.1, 1, 2, 3, 5, "tensor"), {"from_saved": True}
     yield "restore_", (w, g), {}
     yield "decompose_", (c, g, v, scalar(0.5), torch.zeros(5, dtype=FP64)), {}
     yield "combine_", (c, g, v, scalar(0.5), scalar(2.0)), {}
@@ -96,6 +99,7 @@ COMPILED = {
     "norms": (3, lambda x, a, b, w: ops.norms(a, b, w, weighting="filter", eta=x, mask=MASK)),
     "difference_dot": (4, lambda x, a, b, c, d: ops.difference_dot(a, b, c, d)),
     "perturb": (3, lambda x, w, g, saved: ops.perturb(w, g, saved, x, mode="filter", eta=x, mask=MASK)),
+    "gaussian_perturb": (2, lambda x, w, saved, k: ops.gaussian_perturb(w, saved, x, seed=k, t=k, draw=k, mask=MASK)),
     "restore": (2, lambda x, w, saved: ops.restore(w, saved)),
     "decompose": (3, lambda x, c, g, g_s: ops.decompose(c, g, g_s)),
     "combine": (3, lambda x, u, a, b: ops.combine(u, a, b, *torch.full((2,), 0.5, dtype=FP64))),
@@ -171,6 +175,20 @@ def test_reading_the_device_in_a_compiled_region():
         ("n_nan must be one int64", lambda op, w: op.topk_mask_([w], 1, torch.zeros(4).byte(), torch.zeros(1))),
         (r"k must be in \[0, 6\]", lambda op, w: op.topk_mask_([w], 7, torch.zeros(4).byte(), torch.tensor(0))),
         ("must be contiguous, got", lambda op, w: op.drop_grow_mask_(torch.zeros(4).byte(), [w.t()], 1, 0, 0)),
+        (
+            "expected filter, tensor or given, got up",
+            lambda op, w: op.gaussian_perturb_([w], [w.clone()], 1, 0, 0, 0, 0, "up"),
+        ),
+        ("norms go with scale 'given'", lambda op, w: op.gaussian_perturb_([w], [w.clone()], 1, 0, 0, norms=scalar(1))),
+        (
+            "norms must be contiguous float64 with 3 entries",
+            lambda op, w: op.gaussian_perturb_([w], [w.clone()], 1, 0, 0, scale="given", norms=torch.ones(3)),
+        ),
+        (r"saved\[0\] must be Float", lambda op, w: op.gaussian_perturb_([w], [w.double()], 1, 0, 0)),
+        (r"draw must be in \[0, 2\^24\)", lambda op, w: op.gaussian_perturb_([w], [w.clone()], 1, 0, 0, 1 << 24)),
+        ("first must be >= 0", lambda op, w: op.gaussian_perturb_([w], [w.clone()], 1, 0, 0, 0, -1)),
+        ("std must be a finite number", lambda op, w: op.gaussian_perturb_([w], [w.clone()], -1, 0, 0)),
+        ("t must be in", lambda op, w: op.gaussian_perturb_([w], [w.clone()], 1, 0, -1)),
         ("t must be in", lambda op, w: op.drop_grow_mask_(torch.zeros(4).byte(), [w], 1, 0, -1)),
         ("must have one entry", lambda op, w: op.update_adam_([w], [w], [w], [w], [w], [], [], **ADAM)),
     ],

@@ -20,6 +20,9 @@ void perturb(const PlanView& plan, const PerturbOptions& options, const Pool& po
 // of an earlier reduce. A scale that is not finite leaves w as it is. `report` may be null.
 void perturb_apply(const PlanView& plan, const PerturbOptions& options, const Pool& pool);
 
+// saved = w, w = w + std n z for every tensor with an address in plan.saved. A norm that is not finite leaves all w.
+void perturb_by_noise(const PlanView& plan, const NoiseOptions& options, const Pool& pool);
+
 // w = saved, for every tensor with an address in plan.saved.
 void restore(const PlanView& plan, const Pool& pool);
 

@@ -1,7 +1,9 @@
-// perturb: saved = w;  w = w + scale * direction, with the norms of the gradient in front.
+// perturb: saved = w;  w = w + scale * direction, with the norms of the gradient in front; and the same along noise,
+// with norms of the weights.
 #include "../scalars.h"
 #include "bits.h"
 #include "launchers.h"
+#include "noise.h"
 #include "sums.h"
 
 namespace samkern::cpu {
@@ -174,7 +176,129 @@ void take_momentum_sq(const PlanView& plan, const PerturbOptions& options) {
   }
 }
 
+// ---- noise
+
+template <typename T>
+SAMKERN_CLONES void multiply_range(int64_t n, T factor, T* z) {
+  for (int64_t i = 0; i < n; ++i) z[i] *= factor;
+}
+
+// z *= std n, which changes with every run of `stride` entries. norm(f) is n of filter f.
+template <typename T, typename Norm>
+void multiply_by_filters(const Filters& filters, int64_t at, int64_t n, double std, const Norm& norm, T* z) {
+  constexpr int64_t kShort = 32;
+  int64_t filter = at / filters.stride % filters.count, left = filters.stride - at % filters.stride;
+  for (int64_t done = 0; done < n;) {
+    const int64_t run = std::min(n - done, left);
+    const T factor = static_cast<T>(std * norm(filters.first + filter));
+    if (run < kShort) {
+      for (int64_t i = done; i < done + run; ++i) z[i] *= factor;
+    } else {
+      multiply_range(run, factor, z + done);
+    }
+    done += run;
+    left = filters.stride;
+    filter = filter + 1 == filters.count ? 0 : filter + 1;
+  }
+}
+
+// std n z of entries [at, at + n) of a tensor. `std`: where one n is for the whole tensor, std n.
+template <typename T>
+const T* noise_block(const PlanView& plan, const NoiseOptions& options, double std, int32_t tensor, int64_t at,
+                     int64_t n, float (&buffer)[kBlock + 4], T* wide) {
+  float* const normals = fill_normals(plan, options, tensor, at, n, buffer);
+  T* z = wide;
+  if constexpr (std::is_same_v<T, float>) {
+    z = normals;
+  } else {
+    std::copy_n(normals, n, wide);
+  }
+  if (options.norms != nullptr) {
+    multiply_by_filters(slices_of(plan, tensor), at, n, std, [&](int64_t f) { return options.norms[f]; }, z);
+  } else if (climb_of(options.climbs[plan.group[tensor]], plan.filters[tensor]) == Climb::kNoiseFilter) {
+    multiply_by_filters(plan.filters[tensor], at, n, std, [&](int64_t f) { return std::sqrt(plan.filter_ww[f]); }, z);
+  } else {
+    multiply_range(n, static_cast<T>(std), z);
+  }
+  return z;
+}
+
+// w = saved, rounded where w has fewer bits.
+template <typename T>
+void bring_back(const Operand& w, const Operand& saved, int64_t at, int64_t n) {
+  if (w.dtype == saved.dtype) return copy(w, saved, at, n, false);
+  T buffer[kBlock];
+  write(w, at, n, read(saved, at, n, buffer));
+}
+
+template <typename T>
+void add_noise(const PlanView& plan, const NoiseOptions& options, double std, const Span& chunk, bool streamed) {
+  const Operand &w = plan.w[chunk.tensor], &saved = plan.saved[chunk.tensor], &mask = plan.mask[chunk.tensor];
+  const Operand& from = options.from_saved ? saved : w;
+  const bool reports = options.report != nullptr && size_of(w.dtype) == 2;
+  double realised[kNRealised] = {};
+  uint32_t words[kBlockWords];
+  float normals[kBlock + 4];
+  T buffer_w[kBlock], buffer_z[kBlock], buffer_climbed[kBlock], rounded[kBlock];
+  for (int64_t at = chunk.at; at < chunk.at + chunk.n; at += kBlock) {
+    const int64_t n = std::min(kBlock, chunk.at + chunk.n - at);
+    if (!options.from_saved) copy(saved, w, at, n, streamed);
+    if (!std::isfinite(std)) {
+      if (options.from_saved) bring_back<T>(w, saved, at, n);
+      continue;
+    }
+    const T* values = read(from, at, n, buffer_w);
+    T* climbed = target(w, at, buffer_climbed);
+    if (mask.address != nullptr) load_bits(mask, at, n, words);
+    const T* z = noise_block(plan, options, std, chunk.tensor, at, n, normals, buffer_z);
+    climb_through(mask.address != nullptr ? words : nullptr, values, z, n, Along<T>{1}, climbed);
+    write(w, at, n, climbed);
+    if (reports) add_realised(values, climbed, read(w, at, n, rounded), n, realised);
+  }
+  std::copy_n(realised, kNRealised, plan.partials + static_cast<int64_t>(chunk.chunk) * kNSums);
+}
+
+// Whether all norms are finite: those given, or those of the weights that move.
+bool norms_are_finite(const PlanView& plan, const NoiseOptions& options) {
+  if (options.norms != nullptr) {
+    return std::all_of(options.norms, options.norms + options.n_norms, [](double x) { return std::isfinite(x); });
+  }
+  bool finite = true;
+  for (int32_t t = 0; t < plan.n_tensors; ++t) {
+    const Dtype dtype = options.report != nullptr ? plan.w[t].dtype : Dtype::kFloat64;
+    finite = finite && (plan.saved[t].address == nullptr || scalars::finite(plan.sums_of(kWW)[t], dtype));
+  }
+  return finite;
+}
+
 }  // namespace
+
+void perturb_by_noise(const PlanView& plan, const NoiseOptions& options, const Pool& pool) {
+  if (options.norms == nullptr && !options.norms_known) {
+    PlanView read = plan;
+    if (options.from_saved) read.w = plan.saved;
+    reduce(read, {.a = plan.saved, .climbs = options.climbs}, pool);
+  }
+  const bool finite = norms_are_finite(plan, options);
+  for (int32_t t = 0; t < plan.n_tensors; ++t) {
+    const ClimbGroup& group = options.climbs[plan.group[t]];
+    const bool whole = options.norms == nullptr && climb_of(group, plan.filters[t]) == Climb::kNoiseTensor;
+    const double n = whole ? std::sqrt(plan.sums_of(kWW)[t]) : 1;
+    plan.coeffs_of(kScale)[t] = finite ? value(group.rho) * n : NAN;
+  }
+  const bool streamed = worth_streaming(plan);
+  for_chunks(plan, pool, Walk::kBackwards, [&](const Span& chunk) {
+    const int32_t t = chunk.tensor;
+    if (plan.saved[t].address == nullptr) return;
+    with_math_type(plan.w[t].dtype, [&](auto zero) {
+      add_noise<decltype(zero)>(plan, options, plan.coeffs_of(kScale)[t], chunk, streamed);
+    });
+  });
+  if (options.report == nullptr) return;
+  std::fill_n(options.report, static_cast<int>(kNReport), 0.0);
+  options.report[kSkippedFirst] = finite ? 0 : 1;
+  report_realised(plan, options.report);
+}
 
 void perturb_apply(const PlanView& plan, const PerturbOptions& options, const Pool& pool) {
   const bool streamed = worth_streaming(plan);

@@ -1,5 +1,7 @@
 // norms and difference_dot: sums of squares and products of whole tensor lists. Chunks and filters are added in a fixed
 // order in double, so the result does not depend on the number of threads.
+#include <numeric>
+
 #include "../scalars.h"
 #include "bits.h"
 #include "launchers.h"
@@ -17,11 +19,12 @@ SAMKERN_CLONES void weigh_range(const T* w, const T* g, int64_t n, T eta, T* __r
 Climb climb_for(const PlanView& plan, const ReduceOptions& options, int32_t tensor) {
   if (options.climbs == nullptr || options.a[tensor].address == nullptr) return Climb::kEuclidean;
   const ClimbGroup& group = options.climbs[plan.group[tensor]];
-  return value(group.rho) > 0 ? climb_of(group, plan.filters[tensor]) : Climb::kEuclidean;
+  return value(group.rho) > 0 || is_noise(group.climb) ? climb_of(group, plan.filters[tensor]) : Climb::kEuclidean;
 }
 
 bool scales_by_weights(Climb climb) {
-  return climb == Climb::kLayer || climb == Climb::kLars || climb == Climb::kLayerSign || climb == Climb::kTrust;
+  return climb == Climb::kLayer || climb == Climb::kLars || climb == Climb::kLayerSign || climb == Climb::kTrust ||
+         climb == Climb::kNoiseTensor;
 }
 
 // The bits that a tensor's kTT is summed through; no address: in full.
@@ -46,8 +49,8 @@ void reduce_chunk(const PlanView& plan, const ReduceOptions& options, const Span
   const Climb climb = climb_for(plan, options, chunk.tensor);
   const Operand mask = mask_for(plan, options, chunk.tensor);
   const bool masked = mask.address != nullptr;
-  // Of filters the sums are added, but these are masked sums if there is a mask.
-  const bool squares = a.address != nullptr && (climb != Climb::kFilter || masked);
+  // Of filters the sums are added, but these are masked sums if there is a mask. Noise goes by the weights alone.
+  const bool squares = a.address != nullptr && (climb != Climb::kFilter || masked) && !is_noise(climb);
   const bool element = climb == Climb::kElement;
   const bool weights = options.weights || scales_by_weights(climb);
   const T eta = element ? static_cast<T>(options.climbs[plan.group[chunk.tensor]].eta) : T{};
@@ -88,7 +91,7 @@ void multiply_differences(const PlanView& plan, const Span& chunk) {
   std::copy_n(sums, kNSums, plan.partials + static_cast<int64_t>(chunk.chunk) * kNSums);
 }
 
-// Sums of one filter over its runs of `stride` neighbouring elements.
+// Sums of one filter over its runs of `stride` neighbouring elements. Without an address a is left out.
 template <typename T>
 void reduce_filter(const PlanView& plan, const Operand& a, const Operand& mask, int32_t tensor, int64_t filter) {
   const Filters& filters = plan.filters[tensor];
@@ -98,7 +101,7 @@ void reduce_filter(const PlanView& plan, const Operand& a, const Operand& mask, 
     for (int64_t at = run; at < run + filters.stride; at += kBlock) {
       const int64_t n = std::min(kBlock, run + filters.stride - at);
       ww += sum_squares(read(plan.w[tensor], at, n, buffer_w), n);
-      aa += sum_squares(through(mask, at, n, read(a, at, n, buffer_a), kept), n);
+      if (a.address != nullptr) aa += sum_squares(through(mask, at, n, read(a, at, n, buffer_a), kept), n);
     }
   }
   plan.filter_ww[filters.first + filter] = ww;
@@ -114,7 +117,7 @@ void reduce_short_filters(const PlanView& plan, const Operand& a, const Operand&
   for (int64_t f = run.first; f < end; f += per_block) {
     const int64_t count = std::min(per_block, end - f), at = f * filters.stride, n = count * filters.stride;
     const T* w = read(plan.w[run.tensor], at, n, buffer_w);
-    const T* values = through(mask, at, n, read(a, at, n, buffer_a), kept);
+    const T* values = a.address != nullptr ? through(mask, at, n, read(a, at, n, buffer_a), kept) : w;
     for (int64_t i = 0; i < count; ++i) {
       double ww = 0, aa = 0;
       for (int64_t j = i * filters.stride; j < (i + 1) * filters.stride; ++j) {
@@ -130,8 +133,9 @@ void reduce_short_filters(const PlanView& plan, const Operand& a, const Operand&
 void reduce_filters(const PlanView& plan, const ReduceOptions& options, const Pool& pool) {
   for_parts(pool, plan.n_filter_runs, [&](int64_t index) {
     const FilterRun& run = plan.filter_runs[index];
-    if (climb_for(plan, options, run.tensor) != Climb::kFilter) return;
-    const Operand a = options.a[run.tensor], mask = mask_for(plan, options, run.tensor);
+    const Climb climb = climb_for(plan, options, run.tensor);
+    if (climb != Climb::kFilter && climb != Climb::kNoiseFilter) return;
+    const Operand a = is_noise(climb) ? Operand{} : options.a[run.tensor], mask = mask_for(plan, options, run.tensor);
     with_math_type(plan.w[run.tensor].dtype, [&](auto zero) {
       using T = decltype(zero);
       if (has_short_filters(plan, run.tensor)) return reduce_short_filters<T>(plan, a, mask, run);
@@ -150,6 +154,12 @@ void fold_filters(const PlanView& plan, int32_t tensor, double eta, bool masked,
   }
 }
 
+// norm(w)^2 of one tensor.
+double sum_filters(const PlanView& plan, int32_t tensor) {
+  const double* filters = plan.filter_ww + plan.filters[tensor].first;
+  return std::accumulate(filters, filters + plan.filters[tensor].count, 0.0);
+}
+
 void fold(const PlanView& plan, const ReduceOptions& options) {
   double total[kNSums] = {};
   for (int32_t tensor = 0; tensor < plan.n_tensors; ++tensor) {
@@ -160,7 +170,9 @@ void fold(const PlanView& plan, const ReduceOptions& options) {
     if (options.climbs != nullptr) {
       const ClimbGroup& group = options.climbs[plan.group[tensor]];
       const bool masked = mask_for(plan, options, tensor).address != nullptr;
-      if (climb_for(plan, options, tensor) == Climb::kFilter) fold_filters(plan, tensor, group.eta, masked, sums);
+      const Climb climb = climb_for(plan, options, tensor);
+      if (climb == Climb::kFilter) fold_filters(plan, tensor, group.eta, masked, sums);
+      if (climb == Climb::kNoiseFilter) sums[kWW] = sum_filters(plan, tensor);
       const double gg = masked ? sums[kTT] : sums[kAA];
       sums[kTT] = value(group.rho) > 0 ? scalars::weighted_sq(group, sums[kWW], gg, sums[kTT]) : 0;
     }
@@ -177,7 +189,8 @@ void fold(const PlanView& plan, const ReduceOptions& options) {
 void reduce(const PlanView& plan, const ReduceOptions& options, const Pool& pool) {
   bool filters = false;
   for (int32_t tensor = 0; tensor < plan.n_tensors; ++tensor) {
-    filters = filters || climb_for(plan, options, tensor) == Climb::kFilter;
+    const Climb climb = climb_for(plan, options, tensor);
+    filters = filters || climb == Climb::kFilter || climb == Climb::kNoiseFilter;
   }
   if (filters) reduce_filters(plan, options, pool);
   for_chunks(plan, pool, Walk::kForwards, [&](const Span& chunk) {

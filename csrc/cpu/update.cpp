@@ -42,6 +42,33 @@ SAMKERN_CLONES void adam_range(const T* old, const T* u, int64_t n, const math::
   for (int64_t i = 0; i < n; ++i) w[i] = math::adam(old[i], u[i], m[i], v[i], o);
 }
 
+template <typename T>
+SAMKERN_CLONES void average_range(const T* w, int64_t n, T gain, T* __restrict avg) {
+  for (int64_t i = 0; i < n; ++i) avg[i] = math::average(avg[i], w[i], gain);
+}
+
+// Takes n stored weights into their average.
+template <typename T>
+void take_in(const Operand& average, const T* w, int64_t at, int64_t n, double gain) {
+  T* avg = in_place<T>(average, at);
+  if (gain == 1) {
+    copy_bytes(avg, w, n * static_cast<int64_t>(sizeof(T)), /*streamed=*/false);
+  } else {
+    average_range(w, n, static_cast<T>(gain), avg);
+  }
+}
+
+// The average of a chunk that has no update.
+void average_chunk(const PlanView& plan, const Span& chunk, double gain) {
+  with_math_type(plan.w[chunk.tensor].dtype, [&](auto zero) {
+    decltype(zero) values[kBlock];
+    for (int64_t at = chunk.at; at < chunk.at + chunk.n; at += kBlock) {
+      const int64_t n = std::min(kBlock, chunk.at + chunk.n - at);
+      take_in(plan.average[chunk.tensor], read(plan.w[chunk.tensor], at, n, values), at, n, gain);
+    }
+  });
+}
+
 // What a mix adds to the gradient of a tensor; no address: nothing.
 Operand added_to(const PlanView& plan, Mix mix, int32_t tensor) {
   if (adds_cache(mix)) return plan.cache[tensor];
@@ -52,7 +79,9 @@ Operand added_to(const PlanView& plan, Mix mix, int32_t tensor) {
 template <typename T>
 class ChunkUpdate {
  public:
-  ChunkUpdate(const PlanView& plan, const UpdateOptions& options, double clip, int32_t tensor, bool streamed)
+  // `gain`: of the average; null: the tensor has none.
+  ChunkUpdate(const PlanView& plan, const UpdateOptions& options, double clip, const double* gain, int32_t tensor,
+              bool streamed)
       : plan_(plan),
         options_(options),
         fills_(fills_cache(options.mix.mix) && plan.cache[tensor].address != nullptr),
@@ -61,6 +90,7 @@ class ChunkUpdate {
         unscale_(static_cast<T>(unscale(options.scaling))),
         // The coefficients of a mix undo a loss scale.
         factor_(static_cast<T>(mixes_ ? clip : clip * unscale(options.scaling))),
+        gain_(gain),
         t_(tensor),
         saved_(options.restores && plan.saved[tensor].address != nullptr),
         streamed_(streamed && saved_) {}
@@ -123,6 +153,13 @@ class ChunkUpdate {
       adam(group, old, u, at, n, updated);
     }
     write(w, at, n, updated, streamed_);
+    if (gain_ != nullptr) average(updated, at, n);
+  }
+
+  // The weights as they are stored: those of half types have just been rounded.
+  void average(const T* updated, int64_t at, int64_t n) {
+    if (in_place<T>(plan_.w[t_], at) == nullptr) load(plan_.w[t_], at, n, new_);
+    take_in(plan_.average[t_], updated, at, n, *gain_);
   }
 
   void hand_over(const T* u, int64_t at, int64_t n) {
@@ -182,6 +219,7 @@ class ChunkUpdate {
   const Operand added_;
   const bool mixes_;          // u is A grad + B added
   const T unscale_, factor_;  // what undoes a loss scale; what u is multiplied by
+  const double* gain_;
   double momentum_sq_ = 0;
   const int32_t t_;
   const bool saved_, streamed_;
@@ -354,19 +392,24 @@ void update_apply(const PlanView& plan, const UpdateOptions& options, const Appl
   const double clip = applied.clip != nullptr ? *applied.clip : 1;
   const bool fills = fills_cache(options.mix.mix);
   if (options.base == Base::kAdam || options.base == Base::kAdamW) advance_steps(plan, options);
-  const bool streamed = options.restores && worth_streaming(plan);
+  const bool streamed = options.restores && worth_streaming(plan), averages = options.average.taken != nullptr;
+  const double gain = averages ? scalars::average_gain(options.average) : 0;
   for_chunks(plan, pool, Walk::kBackwards, [&](const Span& chunk) {
     const int32_t t = chunk.tensor;
+    const bool averaged = averages && plan.average[t].address != nullptr;
     const bool has_grad = plan.grad[t].address != nullptr;
     if (fills && !has_grad) forget_cache(plan, chunk);
     const bool only_restored = options.base == Base::kNone && !options.hands_over && !fills;
     if (!has_grad || only_restored) {
       if (options.restores) restore_chunk(plan, chunk, streamed);
+      if (averaged) average_chunk(plan, chunk, gain);
       return;
     }
-    with_math_type(plan.w[t].dtype,
-                   [&](auto zero) { ChunkUpdate<decltype(zero)>(plan, options, clip, t, streamed).run(chunk); });
+    with_math_type(plan.w[t].dtype, [&](auto zero) {
+      ChunkUpdate<decltype(zero)>(plan, options, clip, averaged ? &gain : nullptr, t, streamed).run(chunk);
+    });
   });
+  if (averages) ++*options.average.taken;
   mark_written(plan, options);
   if (fills) fold_cache(plan, options.mix.cache_norm);
   if (options.momentum_sq != nullptr) fold_momentum(plan, options);

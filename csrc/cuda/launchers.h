@@ -7,6 +7,7 @@
 namespace samkern::cuda {
 
 const char* perturb(const PlanView& plan, const PerturbOptions& options, const device::Stream& stream);
+const char* perturb_by_noise(const PlanView& plan, const NoiseOptions& options, const device::Stream& stream);
 const char* restore(const PlanView& plan, const device::Stream& stream);
 const char* update(const PlanView& plan, const UpdateOptions& options, const device::Stream& stream);
 

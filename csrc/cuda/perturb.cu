@@ -1,6 +1,6 @@
 // perturb: saved = w;  w = w + scale * direction, with the norms of the gradient in front. One launch.
-#include "harness.cuh"
 #include "launchers.h"
+#include "realised.cuh"
 #include "start.cuh"
 
 namespace samkern::cuda {
@@ -17,9 +17,6 @@ struct PerturbArgs {
   int32_t phases;
   bool together;  // in one launch
 };
-
-// What half-precision weights made of their perturbation: eps vanishes where it is below half a unit in the last place.
-enum Realised { kMovedSq, kMovedEps, kEpsSq, kNRealised };
 
 SAMKERN_DEVICE bool is_masked(const PerturbArgs& args, int32_t t) {
   return mask_of(args.plan, args.renormalise, t).address != nullptr;
@@ -127,7 +124,7 @@ SAMKERN_DEVICE void perturb_chunk(const PerturbArgs& args, const ClimbGroup& gro
   const Operand mask = plan.mask[chunk.tensor];
   const Climb how = climb_of(group, plan.filters[chunk.tensor]);
   const bool half = size_of(w.dtype) == 2, climbs = std::isfinite(scale);
-  T moved_sq = 0, moved_eps = 0, eps_sq = 0;
+  RealisedSums<T> realised;
   for_block<kPack<kind_w, T>>(chunk.n, aligned(w) && aligned(saved) && aligned(first), [&](auto width, int32_t i) {
     constexpr int N = decltype(width)::value;
     T values[N], g[N] = {}, climbed[N];
@@ -145,33 +142,9 @@ SAMKERN_DEVICE void perturb_chunk(const PerturbArgs& args, const ClimbGroup& gro
     }
     if (!half) return;
     round_to<kind_w>(w, climbed, g);  // g is not needed any more
-    for (int k = 0; k < N; ++k) {
-      const T moved = g[k] - values[k], eps = climbed[k] - values[k];
-      moved_sq += moved * moved;
-      moved_eps += moved * eps;
-      eps_sq += eps * eps;
-    }
+    for (int k = 0; k < N; ++k) realised.add(g[k] - values[k], climbed[k] - values[k]);
   });
-  if (!half) return;
-  double realised[kNRealised] = {static_cast<double>(moved_sq), static_cast<double>(moved_eps),
-                                 static_cast<double>(eps_sq)};
-  block_sum(realised);
-  if (device::thread() != 0) return;
-  for (int s = 0; s < kNRealised; ++s) plan.partials[static_cast<int64_t>(chunk.index) * kNSums + s] = realised[s];
-}
-
-SAMKERN_COLD void report_realised(const PerturbArgs& args) {
-  const PlanView& plan = args.plan;
-  double sums[kNRealised] = {};
-  for (int32_t c = device::thread(); c < plan.n_chunks; c += device::kThreads) {
-    const int32_t t = plan.chunk_tensor[c];
-    if (plan.saved[t].address == nullptr || size_of(plan.w[t].dtype) != 2) continue;
-    for (int s = 0; s < kNRealised; ++s) sums[s] += device::read_shared(plan.partials + int64_t{c} * kNSums + s);
-  }
-  block_sum(sums);
-  if (device::thread() != 0) return;
-  args.report[kRealisedNorm] = sqrt(sums[kMovedSq]);
-  args.report[kRealisedShare] = sums[kMovedEps] / sums[kEpsSq];  // NaN: nothing was measured
+  if (half) leave_realised(plan, chunk.index, realised);
 }
 
 SAMKERN_DEVICE double scale_of(const PerturbArgs& args, const Decided& decided, int32_t t) {
@@ -211,7 +184,7 @@ SAMKERN_DEVICE void apply_phase(const PerturbArgs& args) {
     });
   }
   if constexpr (kind_w != Kind::kFloat32) {  // there, block 0 has reported that there are no half types
-    if (reports && is_last_block(plan)) report_realised(args);
+    if (reports && is_last_block(plan)) report_realised(plan, args.report);
   }
 }
 

@@ -15,6 +15,7 @@ struct UpdateArgs {
   double* report;  // null: skip, clip and coefficients are the caller's
   int64_t* skips;
   double* momentum_sq;  // null: not wanted
+  AverageOptions average;
   Applied applied;
   bool looked, check, restores, hands_over, reduces;
   int32_t phases;
@@ -183,12 +184,21 @@ SAMKERN_DEVICE void restore_chunk(const PlanView& plan, const Chunk& chunk) {
                [&](auto width, int32_t i) { copy<kind, decltype(width)::value>(w, saved, chunk.at + i); });
 }
 
+// State and averages are in the math type: fp64 for fp64 weights, fp32 for all others.
+template <typename T>
+constexpr Kind kInMathType = sizeof(T) == 8 ? Kind::kAny : Kind::kFloat32;
+
 // The first moments that the step writes; no address: none.
 template <Base base>
 SAMKERN_DEVICE Operand state1_of(const UpdateArgs& args, int32_t t) {
   const bool has = base != Base::kNone && (base != Base::kSgd || group_of(args.groups, args.plan, t).momentum != 0);
   return has ? args.plan.state1[t] : Operand{};
 }
+
+// Five operands of any dtype: with the cache's in the same loop, or two doubles of each at a time, or a call between
+// chunks, registers spill.
+template <Kind kind, Base base>
+constexpr bool kCrowded = kind == Kind::kAny && (base == Base::kAdam || base == Base::kAdamW);
 
 // The update of one chunk.
 template <Kind kind_w, Kind kind_g, Base base, typename T>
@@ -205,8 +215,7 @@ struct ChunkUpdate {
   math::Adam<T> adam;
   T cache_sq = 0, momentum_sq = 0;
 
-  // Five operands of any dtype: with the cache's in the same loop, or two doubles of each at a time, registers spill.
-  static constexpr bool crowded = kind_w == Kind::kAny && (base == Base::kAdam || base == Base::kAdamW);
+  static constexpr bool crowded = kCrowded<kind_w, base>;
   static constexpr int pack = crowded ? (sizeof(T) == 8 ? 1 : 2) : kPack<kind_w, T>;
 
   SAMKERN_DEVICE ChunkUpdate(const UpdateArgs& a, const Decided& decided, int32_t tensor)
@@ -337,9 +346,39 @@ struct ChunkUpdate {
     for (int k = 0; k < N; ++k) momentum_sq += m[k] * m[k];
   }
 
-  // State is in the math type: fp64 for fp64 weights, fp32 for all others.
-  static constexpr Kind kState = sizeof(T) == 8 ? Kind::kAny : Kind::kFloat32;
+  static constexpr Kind kState = kInMathType<T>;
 };
+
+// Takes the weights of a chunk, as they have just been stored, into their average. A walk of its own over what is still
+// in the second-level cache: in the update's loop, registers spill in kernels for lists of any dtype, with or without
+// averages.
+template <Kind kind_w>
+SAMKERN_COLD void average_chunk(const UpdateArgs& args, int32_t c) {
+  const Chunk chunk = chunk_at(args.plan, c);
+  const Operand w = args.plan.w[chunk.tensor], average = args.plan.average[chunk.tensor];
+  if (average.address == nullptr) return;
+  device::block_sync();  // other threads have written here
+  const double gain = scalars::average_gain(args.average);
+  with_math_type<kind_w>(w, [&](auto zero) {
+    using T = decltype(zero);
+    for_block<kPack<kind_w, T>>(chunk.n, aligned(w) && aligned(average), [&](auto width, int32_t i) {
+      T avg[decltype(width)::value], x[decltype(width)::value];
+      load<kind_w>(w, chunk.at + i, x);
+      load<kInMathType<T>>(average, chunk.at + i, avg);
+      for (int k = 0; k < decltype(width)::value; ++k) {
+        avg[k] = gain == 1 ? x[k] : math::average(avg[k], x[k], static_cast<T>(gain));
+      }
+      store<kInMathType<T>>(average, chunk.at + i, avg);
+    });
+  });
+}
+
+template <Kind kind_w>
+SAMKERN_COLD void average_chunks(const UpdateArgs& args) {
+  for (int32_t c = args.plan.block_begin[device::block()]; c < args.plan.block_begin[device::block() + 1]; ++c) {
+    average_chunk<kind_w>(args, c);
+  }
+}
 
 // A tensor whose second gradient is missing leaves nothing to reuse.
 SAMKERN_DEVICE void forget_cache(const PlanView& plan, const Chunk& chunk) {
@@ -453,6 +492,7 @@ SAMKERN_COLD void finish(const UpdateArgs& args, bool skip) {
     if (device::thread() == 0 && args.skips != nullptr) ++*args.skips;
     return;
   }
+  if (device::thread() == 0 && args.average.taken != nullptr) ++*args.average.taken;
   for (int32_t t = device::thread(); t < plan.n_tensors; t += device::kThreads) {
     if (plan.grad[t].address == nullptr) continue;
     if constexpr (base == Base::kSgd) {
@@ -478,9 +518,12 @@ SAMKERN_DEVICE void apply_phase(const UpdateArgs& args) {
   } else {
     decided = args.reduces ? decide(args) : decide_without_sums(args);
   }
+  const bool averages = base != Base::kNone && args.average.taken != nullptr && !decided.skip;
   for (int32_t c = plan.block_begin[device::block() + 1] - 1; c >= plan.block_begin[device::block()]; --c) {
     apply_chunk<kind_w, kind_g, base>(args, decided, chunk_at(plan, c));
+    if (averages && !kCrowded<kind_w, base>) average_chunk<kind_w>(args, c);
   }
+  if (averages && kCrowded<kind_w, base>) average_chunks<kind_w>(args);
   if (is_last_block(plan)) finish<base>(args, decided.skip);
 }
 
@@ -525,6 +568,7 @@ const char* start_update(const PlanView& plan, const UpdateOptions& options, con
                   .report = options.report,
                   .skips = options.skips,
                   .momentum_sq = options.momentum_sq,
+                  .average = options.average,
                   .applied = applied,
                   .looked = options.looked,
                   .check = options.check,

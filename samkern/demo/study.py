@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
@@ -18,10 +19,12 @@ from torch.optim import SGD, Optimizer
 from tqdm import tqdm
 
 from ..fisher import SampleLosses
+from ..losses import MESALoss, SAFLoss
 from ..optim import (
     AESAM,
     ARSAM,
     ASAM,
+    EMA,
     GRST,
     LETSSAM,
     MSAM,
@@ -29,13 +32,17 @@ from ..optim import (
     SAM,
     SSAMD,
     SSAMF,
+    SWA,
     AELookSAM,
     Bernoulli,
     LookLayerSAM,
     LookSAM,
     SAMk,
 )
+from ..optim.averaging import WeightAverage
+from ..reestimate import update_bn
 from ..sharpness import top_eigenvalue
+from ..undisturbed import unchanged_buffers
 
 N_TRAIN, BATCH = 1200, 64
 FIVE_EPOCHS = 5 * math.ceil(N_TRAIN / BATCH)  # in steps
@@ -56,7 +63,9 @@ class Entry:
     """A row of the table.
 
     ``longer``: factor on the epochs. ``in_quick``: whether the short form has it too. ``held_out``: so many of the training
-    samples, the last ones, are validation data of the method: it does not train on them.
+    samples, the last ones, are validation data of the method: it does not train on them. ``average``: of the weights, which
+    is what is tested. ``reestimate``: the statistics of BatchNorm before tests; of an average always. ``loss``: in place of
+    cross entropy.
     """
 
     name: str
@@ -64,6 +73,9 @@ class Entry:
     longer: int = 1
     in_quick: bool = True
     held_out: int = 0
+    average: Callable[[Task, Optimizer], WeightAverage] | None = None
+    reestimate: bool = False
+    loss: Callable[[Task, Optimizer], SAFLoss | MESALoss] | None = None
 
 
 def around(method: type, **options: Any) -> Callable[[Task], Optimizer]:
@@ -230,6 +242,32 @@ def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
     return right
 
 
+def own_average(_: Task, opt: Optimizer) -> WeightAverage:
+    """That of an optimizer which has one."""
+    average: WeightAverage = opt.average  # type: ignore[attr-defined]
+    return average
+
+
+def ema(decay: float) -> Callable[[Task, Optimizer], WeightAverage]:
+    """An exponential average."""
+    return lambda _, opt: EMA(opt, decay)
+
+
+def late_mean(start: float) -> Callable[[Task, Optimizer], WeightAverage]:
+    """The mean of the weights after all steps from this share of them on."""
+    return lambda task, opt: SWA(opt, start=round(start * task.n_steps))
+
+
+def saf(**options: Any) -> Callable[[Task, Optimizer], SAFLoss]:
+    """With an archive of the answers to all training samples."""
+    return lambda task, _: SAFLoss(len(task.y), 10, **options)
+
+
+def mesa(decay: float, **options: Any) -> Callable[[Task, Optimizer], MESALoss]:
+    """With the answers of an exponential average."""
+    return lambda task, opt: MESALoss(task.model, EMA(opt, decay), **options)
+
+
 class Fit:
     """Training of a net: SGD-momentum with cosine decay as the base, batches in an order that depends on the seed alone.
 
@@ -242,14 +280,20 @@ class Fit:
         self._val = (data.train_x[n:], data.train_y[n:]) if entry.held_out else None
         self._net, self.epochs = net, epochs
         n_steps = epochs * math.ceil(n / BATCH)
-        self.opt = entry.make(Task(net, self._x, self._y, n_steps))
+        task = Task(net, self._x, self._y, n_steps)
+        self.opt = entry.make(task)
+        self._reestimate = entry.reestimate
+        self._average = entry.average(task, self.opt) if entry.average is not None else None
+        self._loss = entry.loss(task, self.opt) if entry.loss is not None else None
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.opt, n_steps)
         self._generator = torch.Generator().manual_seed(1000 + seed)
         self.kinds: Counter[int] = Counter()
 
     def run(self) -> Iterator[int]:
         """Trains, and yields the pairs so far after every epoch."""
-        for _ in range(self.epochs):
+        for epoch in range(self.epochs):
+            if self._loss is not None:
+                self._loss.epoch = epoch
             for indices in torch.split(torch.randperm(len(self._y), generator=self._generator), BATCH):
                 self.step(indices)
             yield sum(pairs * steps for pairs, steps in self.kinds.items())
@@ -258,7 +302,7 @@ class Fit:
         """One step on these samples. Returns the seconds that it took, and those of each forward-backward pair in it."""
         spent: list[float] = []
         options = {"val_closure": self._closure(*self._val, spent)} if self._val is not None else {}
-        closure = self._closure(self._x[indices], self._y[indices], spent)
+        closure = self._closure(self._x[indices], self._y[indices], spent, indices)
         start = time.perf_counter()
         self.opt.step(closure, **options)
         seconds = time.perf_counter() - start
@@ -266,13 +310,29 @@ class Fit:
         self.kinds[len(spent)] += 1
         return seconds, spent
 
-    def _closure(self, x: Tensor, y: Tensor, spent: list[float]) -> Callable[[], float]:
+    @contextlib.contextmanager
+    def tested(self) -> Iterator[None]:
+        """In the block, the net is what the method has to show: with an average of its weights, new statistics of BatchNorm."""
+        if self._average is None and not self._reestimate:
+            yield
+            return
+        with unchanged_buffers(self._net) if self._average is None else self._average.swapped(self._net):
+            update_bn(self._net, torch.split(self._x, BATCH))
+            yield
+
+    def _closure(self, x: Tensor, y: Tensor, spent: list[float], indices: Tensor | None = None) -> Callable[[], float]:
         """Zeroes the gradients, computes the loss, calls backward, returns the loss; notes what that took."""
 
         def closure() -> float:
             start = time.perf_counter()
             self.opt.zero_grad()
-            loss = functional.cross_entropy(self._net(x), y)
+            logits = self._net(x)
+            if isinstance(self._loss, SAFLoss) and indices is not None:
+                loss = self._loss(logits, y, indices)
+            elif isinstance(self._loss, MESALoss):
+                loss = self._loss(logits, y, x)
+            else:
+                loss = functional.cross_entropy(logits, y)
             loss.backward()  # type: ignore[no-untyped-call]
             value = loss.item()
             spent.append(time.perf_counter() - start)
@@ -289,16 +349,18 @@ def train(entry: Entry, setting: Setting, seed: int, progress: tqdm[Any]) -> Run
     for epoch, pairs in enumerate(fit.run(), 1):
         progress.update()
         if epoch % 2 == 0 or epoch == fit.epochs:
-            curve.append((pairs, accuracy(net, data.test_x, data.test_y)))
+            with fit.tested():
+                curve.append((pairs, accuracy(net, data.test_x, data.test_y)))
     third = (data.train_x[: N_TRAIN // 3], data.train_y[: N_TRAIN // 3])
-    return Run(
-        seed=seed,
-        test_accuracy=curve[-1][1],
-        train_accuracy=accuracy(net, data.train_x, data.train_y),
-        eigenvalue=top_eigenvalue(net, functional.cross_entropy, [third], tol=1e-2),
-        kinds=fit.kinds,
-        curve=curve,
-    )
+    with fit.tested():
+        return Run(
+            seed=seed,
+            test_accuracy=curve[-1][1],
+            train_accuracy=accuracy(net, data.train_x, data.train_y),
+            eigenvalue=top_eigenvalue(net, functional.cross_entropy, [third], tol=1e-2),
+            kinds=fit.kinds,
+            curve=curve,
+        )
 
 
 def time_steps(rows: list[Row], setting: Setting, rounds: int = 80, warm_up: int = 10) -> None:

@@ -113,6 +113,7 @@ _OPS = {
     "norms": "norms",
     "difference_dot": "difference_dot",
     "perturb": "perturb_",
+    "gaussian_perturb": "gaussian_perturb_",
     "restore": "restore_",
     "combine": "combine_",
     "topk_mask": "topk_mask_",

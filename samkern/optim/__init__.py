@@ -2,11 +2,15 @@
 
 from .aesam import AESAM, AELookSAM
 from .arsam import ARSAM
+from .averaging import EMA, SWA
+from .bar import BAR
 from .budget import Budget
 from .companion import Companion, RunningAverage
 from .engine import SharpnessAware
+from .flatlora import FlatLoRA, MergedNoise
 from .lets import LETSASAM, LETSSAM
 from .looksam import LookLayerSAM, LookSAM
+from .lorasam import LoRASAM
 from .lpf import LPFSGD
 from .mask import DynamicMask, FisherMask, Mask
 from .memory import Memory
@@ -19,11 +23,15 @@ from .rst import GRST, RST
 from .sam import ASAM, SAM, SAMk
 from .schedule import Always, Bernoulli, Decision, EveryK, GradientNorm, Now, Outcome, Schedule
 from .ssam import SSAMD, SSAMF
+from .swad import SWAD
+from .wasam import WASAM
 
 __all__ = [
     "AESAM",
     "ARSAM",
     "ASAM",
+    "BAR",
+    "EMA",
     "GRST",
     "LETSASAM",
     "LETSSAM",
@@ -33,6 +41,9 @@ __all__ = [
     "SAM",
     "SSAMD",
     "SSAMF",
+    "SWA",
+    "SWAD",
+    "WASAM",
     "AELookSAM",
     "Adaptive",
     "Always",
@@ -48,15 +59,18 @@ __all__ = [
     "EveryK",
     "Filterwise",
     "FisherMask",
+    "FlatLoRA",
     "Gaussian",
     "GradientNorm",
     "Layerwise",
     "LearnedRadius",
+    "LoRASAM",
     "LookLayerSAM",
     "LookSAM",
     "Looking",
     "Mask",
     "Memory",
+    "MergedNoise",
     "Momentum",
     "Now",
     "OrthogonalPart",

@@ -20,6 +20,9 @@ class Companion:
     def check(self, opt: StepLoop) -> None:
         """Raises ``ValueError`` if it does not go with the choices of ``opt``."""
 
+    def before_step(self) -> None:
+        """A step is about to begin. Raises ``RuntimeError`` if it may not, before anything has been done."""
+
     def before_update(self, params: Sequence[Tensor], scaling: Scaling, check: bool) -> None:
         """Gradients are those that the base will receive, weights are not perturbed; may write these.
 
@@ -28,6 +31,10 @@ class Companion:
 
     def settle(self) -> None:
         """The step has been taken, or skipped."""
+
+    def extra_bytes(self, params: Sequence[Tensor]) -> int:
+        """At most so much memory it will take in later steps over ``params``, beside what its attributes hold already."""
+        return 0
 
 
 class RunningAverage(Companion, ABC):

@@ -57,6 +57,7 @@ def _group(opt: SharpnessAware, index: int, group: dict[str, Any]) -> str:
     radius = opt.perturbation.radius
     value = "a tensor" if climb.rho_on_device is not None else f"{climb.rho:g}"
     how = f"{radius} = {value}, {_FORMULAS[climb.climb]}" if climb.perturbs else f"not perturbed ({radius} = 0)"
+    how = opt.perturbation.explain(opt.options(group)) or how
     if opt.perturbation.along_momentum and climb.perturbs:
         how += ", g the negative momentum"
     if opt.learned is not None and climb.perturbs:

@@ -55,6 +55,8 @@ def check_kinds(**choices: tuple[Any, type]) -> None:
 
 def _check_before_pass(opt: StepLoop) -> None:
     name = type(opt.perturbation).__name__
+    if opt.mask is not None and not opt.perturbation.of_parameters:
+        raise ValueError(f"mask= chooses entries of parameters, and {name} moves none of them: leave it out")
     if opt.reuse is not None:
         raise ValueError(f"reuse needs two gradients of a step, and with {name} there is one")
     if opt.learned is not None:

@@ -129,7 +129,7 @@ class StepLoop(OptimizerAround):
             return self._step_without_closure(val_closure, scaler)
         try:
             fit.check_closures(self, closure, val_closure)
-            self.require_idle("step()")
+            self._require_start("step()")
             self._take(scaler)
             return self._step(closure, val_closure)
         except BaseException:
@@ -147,7 +147,7 @@ class StepLoop(OptimizerAround):
             if self._only_makes_state():
                 return self.base.step()
             fit.check_closures(self, None, val_closure)
-            self.require_idle("step()")
+            self._require_start("step()")
             self._take(scaler)
             return self._step_after_pass()
         except BaseException:
@@ -170,7 +170,10 @@ class StepLoop(OptimizerAround):
     def _step(self, closure: Closure | Sequence[Closure], val_closure: Closure | None) -> Any:
         closures = [closure] if callable(closure) else list(closure)
         if self.perturbation.before_pass:
-            return self._step_before_pass(closures)
+            n_closures, draws = len(closures), self.perturbation.draws
+            if n_closures > 1:
+                return self._step_of_draws(closures, evaluations=1)
+            return self._step_of_draws(closures * draws, draws) if draws > 1 else self._step_before_pass(closures[0])
         if len(closures) > 1:
             return self._step_of_parts(closures)
         loss = self._step_of_one(closures[0])
@@ -249,23 +252,31 @@ class StepLoop(OptimizerAround):
             return None
         return [share for share, group in zip(mix.alpha, groups, strict=True) for _ in group["params"]]
 
-    def _step_before_pass(self, closures: Sequence[Closure]) -> Any:
-        """Each closure, or each of several calls of a single one, has a perturbation of its own."""
-        params, n_closures = parameters_of(self.base), len(closures)
-        calls = list(closures) * (self.perturbation.draws if n_closures == 1 else 1)
-        mean = GradientMean(params, len(calls)) if len(calls) > 1 else None
-        losses = []
-        self._mean = mean
+    def _step_before_pass(self, closure: Closure) -> Any:
         try:
-            for draw, closure in enumerate(calls):
+            self._climb_before_pass(0, None)
+            loss = _evaluate(closure)
+            self.second_step()
+        except BaseException:
+            self.restore()
+            raise
+        return loss
+
+    @eager
+    def _step_of_draws(self, closures: Sequence[Closure], evaluations: int) -> Any:
+        """Each pass is at a perturbation of its own, and the base receives the mean of their gradients."""
+        params = parameters_of(self.base)
+        self._mean = mean = GradientMean(params, len(closures))
+        losses = []
+        try:
+            for draw, closure in enumerate(closures):
                 self._climb_before_pass(draw, self._pending)
                 losses.append(_evaluate(closure))
-                if mean is not None:
-                    self._keeper.place_gradients()
-                    mean.add([None] * len(params), None)
-            if mean is not None and self._pending is not None:
-                mean.put()
-                self._pending = replace(self._pending, evaluations=len(calls) // n_closures, parts=len(calls))
+                self._keeper.place_gradients()
+                mean.add([None] * len(params), None)
+            mean.put()
+            if self._pending is not None:
+                self._pending = replace(self._pending, evaluations=evaluations, parts=len(closures))
             self.second_step()
         except BaseException:
             self.restore()
@@ -312,7 +323,7 @@ class StepLoop(OptimizerAround):
             ValueError: ``model=`` is not one whose reduction can be left out.
             RuntimeError: within a step: gradients of second passes are reduced.
         """
-        self.require_idle("first_pass()")
+        self._require_start("first_pass()")
         fit.check_sync(self)
         climbs_locally = self._climbs_locally()
         with no_reduction(self.model) if climbs_locally else contextlib.nullcontext():
@@ -344,7 +355,7 @@ class StepLoop(OptimizerAround):
             RuntimeError: of the scaler, ``unscale_`` was called before the last pass, or ``update`` not after the last step.
         """
         fit.check_halves(self)
-        self.require_idle("first_step()")
+        self._require_start("first_step()")
         if self._climbs_locally() and not self._unreduced:
             raise RuntimeError(
                 "perturb_sync='local': put `with opt.first_pass():` around the first forward and backward"
@@ -395,7 +406,7 @@ class StepLoop(OptimizerAround):
             RuntimeError: the perturbation comes after a first pass (``first_step()``), or a step is under way.
         """
         fit.check_perturbed(self)
-        self.require_idle("perturbed()")
+        self._require_start("perturbed()")
         try:
             with torch.no_grad():
                 self._climb_before_pass(self._n_passed, self._passed)
@@ -501,7 +512,7 @@ class StepLoop(OptimizerAround):
         else:
             record.report.zero_()
         self._until_done.close()
-        self.perturbation.enter(self._t, draw, self._until_done)
+        self.perturbation.enter(self._t, draw, self._groups(), self._until_done)
         torch.clear_autocast_cache()
 
     def _climbs(self) -> tuple[list[ClimbGroup], bool]:
@@ -617,6 +628,11 @@ class StepLoop(OptimizerAround):
         return change_sq, grad_sq
 
     @property
+    def companions(self) -> tuple[Companion, ...]:
+        """What is attached."""
+        return self._companions
+
+    @property
     def _scaling(self) -> Scaling:
         given = [getattr(self, name, None) for name in Scaling._fields]
         for name, value in zip(Scaling._fields, given, strict=True):
@@ -642,6 +658,12 @@ class StepLoop(OptimizerAround):
             raise RuntimeError(
                 f"{what} between first_step() and second_step(): finish the step or undo it by restore()"
             )
+
+    def _require_start(self, what: str) -> None:
+        """Raises ``RuntimeError`` if ``what`` is not possible now, where a step begins."""
+        self.require_idle(what)
+        for companion in self._companions:
+            companion.before_step()
 
     def holders(self) -> list[object]:
         """Whose attributes may hold tensors for a step under way, or between steps."""
@@ -671,4 +693,4 @@ def _evaluate(closure: Closure) -> Any:
 
 def _mean_of(losses: Sequence[Any]) -> Any:
     """The mean of what closures returned, None if one has returned nothing."""
-    return None if any(loss is None for loss in losses) else sum(losses) / len(losses) if len(losses) > 1 else losses[0]
+    return None if any(loss is None for loss in losses) else sum(losses) / len(losses)

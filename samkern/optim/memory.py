@@ -29,8 +29,9 @@ class Memory(NamedTuple):
     there is always room for both. ``saved``: weights as they were before a climb, of parameters with a gradient in groups with
     ``rho > 0``; the backend ``reference`` frees them after the step, the others keep the room. ``cache``: what ``reuse``
     keeps; half of it with ``cache_dtype=torch.bfloat16``. ``masks``: a bit an entry, twice where weights are not in
-    row-major order. ``squares``: what a mask sums up. ``base_state``: moments and step counts of the base. ``other``: tables
-    of the kernels, norms, counters, sums over several closures, what a schedule or a learned radius keeps.
+    row-major order. ``squares``: what a mask sums up. ``base_state``: moments and step counts of the base. ``averages``: of
+    weights (``SWA``, ``EMA``, ``SWAD``), on whatever device, and the weights for which one is swapped in. ``other``: tables of
+    the kernels, norms, counters, sums over several closures, what a schedule or a learned radius keeps.
 
     >>> model = torch.nn.Linear(100, 10)
     >>> opt = samkern.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -49,6 +50,7 @@ class Memory(NamedTuple):
     masks: int = 0
     squares: int = 0
     base_state: int = 0
+    averages: int = 0
     other: int = 0
 
     @property
@@ -73,6 +75,7 @@ def now(opt: SharpnessAware, keeper: PlanKeeper) -> Memory:
     tally.add("masks", keeper.masks_held())
     tally.add("squares", kept.squares.values())
     tally.add("base_state", tensors_in(dict(opt.base.state)))
+    tally.add("averages", tensors_in([vars(companion) for companion in opt.companions]))
     parts = [vars(holder) for holder in opt.holders()]
     for name, purpose in _BY_ATTRIBUTE.items():
         tally.add(purpose, tensors_in([part.get(name) for part in parts]))
@@ -91,7 +94,7 @@ def at_peak(opt: SharpnessAware, keeper: PlanKeeper) -> Memory:
     judges = opt.mask is not None and opt.mask.accumulates(0) is not None
     holds_first = opt.keep_gradients or opt.capturable or opt.reuse is not None or opt.learned is not None
     holds_first = (holds_first or opt.schedule.wants_change or judges) and not opt.perturbation.before_pass
-    gradients = saved = cache = masks = squares = state = of_radius = 0
+    gradients = saved = cache = masks = squares = state = of_sums = of_radius = 0
     for group in opt.param_groups:
         options = opt.options(group)
         climbs = opt.perturbation.climb(options).perturbs
@@ -111,6 +114,8 @@ def at_peak(opt: SharpnessAware, keeper: PlanKeeper) -> Memory:
                 squares += _n_bytes(of_p, math_dtype(p.dtype))
             if rule is not None and rule.needs_state(group) and not opt.base.state.get(p):
                 state += sum(map(_n_bytes, rule.create(torch.empty_like(of_p, device="meta")).values()))
+            if opt.perturbation.draws > 1:
+                of_sums += _n_bytes(of_p, math_dtype(p.dtype))
             if opt.learned is not None:
                 of_radius += opt.learned.extra_bytes(of_p, gradient, overwrites=rule is None)
     return there._replace(
@@ -122,7 +127,8 @@ def at_peak(opt: SharpnessAware, keeper: PlanKeeper) -> Memory:
         masks=there.masks + masks,
         squares=there.squares + squares,
         base_state=there.base_state + state,
-        other=there.other + of_radius,
+        averages=there.averages + sum(x.extra_bytes(parameters_of(opt.base)) for x in opt.companions),
+        other=there.other + of_sums + of_radius,
     )
 
 

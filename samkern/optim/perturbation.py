@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -24,6 +24,7 @@ class Perturbation(ABC):
     radius = "rho"  # the option that is 0 for a group that is not perturbed
     before_pass = False  # climbs before the only pass of a step, not between two
     along_momentum = False  # of the base, which must have one
+    of_parameters = True  # moves those of the optimizer
     takes_parts = True  # a step may have several closures, each with a perturbation of its own
     draws = 1  # how often a step calls its only closure, if it climbs before its pass
 
@@ -47,8 +48,17 @@ class Perturbation(ABC):
         """Along which noise the parameters climb in step ``t``; None: along a gradient or a momentum."""
         return None
 
-    def enter(self, t: int, draw: int, until_done: ExitStack) -> None:  # noqa: B027 - most have nothing to do
-        """Perturbs what is no parameter of the optimizer, until ``until_done`` is closed."""
+    def enter(  # noqa: B027 - most have nothing to do
+        self, t: int, draw: int, groups: Sequence[Mapping[str, Any]], until_done: ExitStack
+    ) -> None:
+        """Perturbs what is no parameter of the optimizer, until ``until_done`` is closed.
+
+        ``groups``: our options of each group, with its parameters ("params").
+        """
+
+    def explain(self, group: Mapping[str, Any]) -> str:
+        """How ``group`` is perturbed, if ``climb()`` does not tell."""
+        return ""
 
     @property
     def survives_half_precision(self) -> bool:

@@ -28,6 +28,12 @@ def same_on_all_ranks(x: Tensor, model: nn.Module | None) -> Tensor:
     return x
 
 
+def sum_of_all_ranks(x: Tensor, model: nn.Module | None) -> None:
+    """Writes the sum of ``x`` over all ranks."""
+    if n_ranks(model) > 1:
+        torch.distributed.all_reduce(x, group=_group(model))
+
+
 def mean_of_all_ranks(x: Tensor, model: nn.Module | None) -> Tensor:
     """Writes the mean of ``x`` over all ranks, as gradients are reduced. Returns ``x``."""
     if n_ranks(model) > 1:
