@@ -253,6 +253,7 @@ OPERANDS = {
     "norms": (1, 0),
     "difference_dot": (4, 0),
     "perturb": (5, 0),
+    "gaussian_perturb": (4, 0),
     "restore": (2, 0),
     "decompose": (2, 1),
     "combine": (2, 1),

@@ -57,6 +57,25 @@ def foreach_perturb(x):
     torch._foreach_add_(x.w, torch._foreach_mul(x.g, scale))
 
 
+def filter_norm(w):
+    """Of each dim-0 slice; of a tensor of fewer than two dimensions as a whole."""
+    return torch.linalg.vector_norm(w, dim=tuple(range(1, w.dim())) if w.dim() > 1 else None, keepdim=w.dim() > 1)
+
+
+def eager_gaussian_perturb(x):
+    for w, z, saved in zip(x.w, x.b, x.saved, strict=True):
+        saved.copy_(w)
+        w.addcmul_(z.normal_(), filter_norm(w), value=1e-6)
+
+
+def foreach_gaussian_perturb(x):
+    torch._foreach_copy_(x.saved, x.w)
+    for z in x.b:
+        z.normal_()
+    torch._foreach_mul_(x.b, [filter_norm(w) for w in x.w])
+    torch._foreach_add_(x.w, x.b, alpha=1e-6)
+
+
 def eager_decompose(x):
     for c, g, g_s in zip(x.m, x.g, x.b, strict=True):
         torch.sub(g_s, g, alpha=0.5, out=c)
@@ -127,6 +146,12 @@ PASSES = {
         lambda x: ops.perturb(x.w, x.g, x.saved, 1e-6, backend="reference"),
         {"eager loop": eager_perturb, "foreach": foreach_perturb},
     ),
+    "gaussian_perturb": (
+        16,
+        lambda x: ops.gaussian_perturb(x.w, x.saved, 1e-6),
+        lambda x: ops.gaussian_perturb(x.w, x.saved, 1e-6, backend="reference"),
+        {"eager loop": eager_gaussian_perturb, "foreach": foreach_gaussian_perturb},
+    ),
     "restore": (
         8,
         lambda x: ops.restore(x.w, x.saved),
@@ -169,6 +194,10 @@ PASSES = {
 }
 
 
+# What is compiled in the place of a reference that no compiler would take for what it is: torch's own random numbers.
+COMPILED = {"gaussian_perturb": eager_gaussian_perturb}
+
+
 @pytest.mark.parametrize("shape_set", shapes.ALL, ids=attrgetter("name"))
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.benchmark(timer=stopwatch)
@@ -176,7 +205,7 @@ def test_pass(benchmark, harness, shape_set, name):
     n_bytes, ours, plain, others = PASSES[name]
     runs = {"cpu": ours, **others}
     if shape_set.n_tensors <= COMPILES_UP_TO:
-        runs["torch.compile"] = torch.compile(plain, dynamic=False)
+        runs["torch.compile"] = torch.compile(COMPILED.get(name, plain), dynamic=False)
     lists = Lists(shape_set)
 
     def timed(run):

@@ -52,7 +52,8 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 
 
 def whole(x):
-    return torch.randint(-3, 4, x.shape).to(x.dtype) + torch.zeros_like(x)  # in the layout of x
+    """Of the dtype and layout of x."""
+    return torch.empty_like(x).copy_(torch.randint(-3, 4, x.shape))
 
 
 def whole_list(shapes, dtype=FP32):
@@ -198,6 +199,7 @@ def test_entries_count_in_row_major_order(fast, scale, first):
     w = [whole(make()) for make in LAYOUTS.values() for _ in range(2)]
     w += [whole(torch.randn(9, 3, 2, 2, 2).permute(4, 1, 3, 0, 2)), whole(torch.randn(chunk(fast) // 32, 40).t())]
     w = [y.to(dtype) for x, dtype in zip(w, [*DTYPES, FP32] * 2, strict=True) for y in (x,)]
+    assert sum(not x.is_contiguous() for x in w) == 8
     norms = slice_norms(w) if scale == "given" else None
     found, expected = both(fast, w, scale=scale, norms=norms, first=first)
     assert all(x.stride() == y.stride() for x, y in zip(found, w, strict=False))

@@ -181,7 +181,7 @@ def test_reading_the_device_in_a_compiled_region():
         ),
         ("norms go with scale 'given'", lambda op, w: op.gaussian_perturb_([w], [w.clone()], 1, 0, 0, norms=scalar(1))),
         (
-            "norms must be contiguous float64 with 3 entries",
+            "norms must be contiguous float64 with 2 entries",
             lambda op, w: op.gaussian_perturb_([w], [w.clone()], 1, 0, 0, scale="given", norms=torch.ones(3)),
         ),
         (r"saved\[0\] must be Float", lambda op, w: op.gaussian_perturb_([w], [w.double()], 1, 0, 0)),

@@ -62,7 +62,7 @@ def gaussian_perturb(
     check_counts(t=t, first=first)
     if isinstance(draw, bool) or not isinstance(draw, int) or not 0 <= draw < 1 << 24:
         raise ValueError(f"draw must be an integer >= 0 and < 2^24, got {draw!r}")
-    if not isinstance(std, (int, float)) or not math.isfinite(std) or std < 0:
+    if not isinstance(std, (int, float)) or not 0 <= std < math.inf:
         raise ValueError(f"std must be a finite number >= 0, got {std!r}")
     if scale not in SCALES or (scale == "given") != (norms is not None):
         got = f"{scale!r} with norms {'missing' if norms is None else 'given'}"
