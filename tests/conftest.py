@@ -26,7 +26,7 @@ ABOVE_THE_PLAN = {
     **dict.fromkeys(("test_ssam.py", "test_schedules.py", "test_choices.py"), 16),
     **dict.fromkeys(("test_amp.py", "test_arsam.py", "test_lets.py", "test_msam.py", "test_parts.py"), 16),
     **dict.fromkeys(("test_state.py", "test_faults.py", "test_step.py", "test_theory.py"), 4),
-    **dict.fromkeys(("test_averaging.py", "test_swad.py"), 16),
+    **dict.fromkeys(("test_averaging.py", "test_lpf.py", "test_swad.py"), 16),
 }
 _taken = collections.Counter()  # tests by backend
 _left_out = []  # ids of tests
