@@ -29,7 +29,7 @@ def normals(n: int, t: int, draw: int = 0, seed: int = 0, first: int = 0, device
     sine, ``U = (word + 1/2) / 2^32``.
 
     >>> samkern.reference_noise.normals(4, t=0)
-    tensor([ 1.6512,  0.8457, -0.1021, -0.1156])
+    tensor([ 1.6512,  0.8456, -0.1021, -0.1156])
     """
     begin, end = first // 4, (first + n + 3) // 4
     q = torch.arange(begin, end, dtype=torch.int64, device=device)
