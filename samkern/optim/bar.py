@@ -69,6 +69,8 @@ class BAR(Companion):
     (tensor(1.1000), tensor(1.8000))
     """
 
+    writes_weights = True
+
     def __init__(
         self,
         optimizer: Optimizer,

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 class Companion:
     """Called by the optimizer that it is attached to, in every step; ``SharpnessAware.attach`` takes it."""
 
+    # In before_update(), so that they have to be restored before. It must refuse methods with two passes in check().
+    writes_weights = False
+
     def check(self, opt: StepLoop) -> None:
         """Raises ``ValueError`` if it does not go with the choices of ``opt``."""
 
@@ -24,8 +27,7 @@ class Companion:
         """A step is about to begin. Raises ``RuntimeError`` if it may not, before anything has been done."""
 
     def before_update(self, params: Sequence[Tensor], scaling: Scaling, check: bool) -> None:
-        """Gradients are those that the base will receive. May write the weights, which are not perturbed, unless by a look
-        between two passes: what writes refuses such methods in ``check``.
+        """Gradients are those that the base will receive. Only with ``writes_weights`` are weights not perturbed.
 
         ``check``: the step is skipped if a gradient is not finite, or ``scaling`` says so; then nothing may change.
         """

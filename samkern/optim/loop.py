@@ -21,6 +21,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from ..batchnorm import frozen_running_stats
 from ..options import Base, ClimbGroup, Mix, MixOptions, Report, Scaling
+from ..plan import TensorPlan
 from ..shards import local
 from . import fit
 from .around import OptimizerAround
@@ -538,11 +539,8 @@ class StepLoop(OptimizerAround):
         options = [rule.group(group) for group in self.param_groups] if rule else ()
         check, clip = self.nonfinite == "skip" or self._loss_scale.is_used, self.max_grad_norm or 0.0
         base = rule.base if rule else Base.NONE
-        if self._companions and record.had_gradients:
-            if self.perturbation.before_pass:
-                plan.restore()
-            for companion in self._companions:
-                companion.before_update(parameters_of(self.base), self._scaling, check)
+        if record.had_gradients:
+            self._tell_companions(plan, check)
         averages = [x for x in self._averages() if record.had_gradients and x.due() is not None]
         within = averages.pop(0) if rule and averages else None
         average = None if within is None else self._keeper.bind_average(plan, within)
@@ -553,6 +551,12 @@ class StepLoop(OptimizerAround):
             self.base.step()
         for x in averages:
             x.add(parameters_of(self.base), record.was_skipped)
+
+    def _tell_companions(self, plan: TensorPlan, check: bool) -> None:
+        if self.perturbation.before_pass and any(x.writes_weights for x in self._companions):
+            plan.restore()  # gradients stay: they are those of the only pass
+        for companion in self._companions:
+            companion.before_update(parameters_of(self.base), self._scaling, check)
 
     def _averages(self) -> list[RunningAverage]:
         return [x for x in self._companions if isinstance(x, RunningAverage)]
