@@ -507,6 +507,71 @@ def test_more_elements_than_an_int32_counts(backend):
     torch.cuda.empty_cache()
 
 
+@each_backend
+@pytest.mark.parametrize("layout", ["rows", "channels_last", "transposed"])
+def test_noise_is_that_of_the_reference(layout, backend):
+    """Its bits: at w = 0 and given norms of 1 the weights are the normal numbers."""
+    shapes = [(33, 6, 5, 7), (3, 2, 8, 3), (64, 40, 1, 1)]
+    ends = {}
+    for name in (backend, "reference"):
+        w = [torch.zeros(shape, device="cuda") for shape in shapes]
+        if layout == "channels_last":
+            w = [x.contiguous(memory_format=torch.channels_last) for x in w]
+        if layout == "transposed":
+            w = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in w]
+        norms = torch.ones(sum(x.shape[0] for x in w), dtype=FP64, device="cuda")
+        saved = [x.clone() for x in w]
+        options = {"seed": 5, "t": 3, "draw": 2, "first": 2**36 + 1, "scale": "given", "norms": norms}
+        ops.gaussian_perturb(w, saved, 1.0, **options, backend=name)
+        ends[name] = values(w)
+    assert same_bits(ends[backend], ends["reference"])
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP64, "mixed"], ids=str)
+def test_noise_and_averages_agree_with_the_reference(dtype, backend):
+    """LPF-SGD with two draws, whose update takes the weights into an average; some gradients are NaN in one step."""
+    results = []
+    for name in (backend, "reference"):
+        params = parameters(dtype, SMALL)
+        opt = samkern.LPFSGD(params, torch.optim.SGD, 0.02, inc=1.0, draws=2, lr=0.1, momentum=0.9, backend=name)
+        ema = samkern.EMA(opt, decay=0.5)
+        ends = train(opt, params)
+        for p, grad in zip(params, gradients(params, 77), strict=True):
+            p.grad = grad.fill_(torch.nan)
+        opt.step(lambda: None)
+        assert ema.n_averaged == 4
+        results.append([*ends, *values(params), *values(ema.averages)])
+    tolerance = {FP64: 1e-6, FP32: 1e-5}.get(dtype, 2e-2)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@each_backend
+def test_flat_lora(backend):
+    """The frozen weights keep their bits, and noise of the pass is that of the reference."""
+    ends = []
+    for name in (backend, "reference"):
+        torch.manual_seed(0)
+        layer = nn.Linear(48, 40).cuda().requires_grad_(False)
+        layer.lora_A, layer.lora_B = (nn.Parameter(torch.randn(s, device="cuda") * 0.1) for s in ((4, 48), (40, 4)))
+        layer.scaling = 2.0
+        forward = layer.forward
+        layer.forward = lambda x, f=forward, m=layer: f(x) + m.scaling * (x @ m.lora_A.T @ m.lora_B.T)
+        before = layer.weight.clone()
+        opt = samkern.FlatLoRA(layer, torch.optim.SGD, 0.3, total_steps=4, lr=0.1, backend=name)
+        x = torch.randn(16, 48, device="cuda")
+        for _ in range(4):
+            with opt.perturbed():
+                layer(x).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        assert torch.equal(layer.weight, before)
+        ends.append(values([layer.lora_A, layer.lora_B]))
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["memory", "file"])
 def test_an_archive_of_logits_from_the_gpu(kind, tmp_path):
     """Copies are under way when the next step begins; none is lost, and the first of an epoch counts."""
