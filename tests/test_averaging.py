@@ -313,6 +313,25 @@ def test_before_anything_is_averaged():
     assert swa.n_averaged == 2
 
 
+def test_weights_by_name_before_the_first_average_are_those_of_now():
+    net = make_net(FP32)
+    opt = MAKERS["SAM"](net.parameters())
+    swa = samkern.SWA(opt, start=4)
+
+    def of_net():
+        return weights(net), list(swa.weights_of(net).values())
+
+    for t in range(6):
+        train(net, opt, range(t, t + 1), FP32)
+        if t == 0:
+            swa.swap_in()  # makes averages, which are not those of later steps
+            swa.swap_out()
+        assert same_bits(*of_net()) == (t < 5)
+    swa.restart()
+    train(net, opt, range(6, 7), FP32)
+    assert same_bits(*of_net())
+
+
 def test_for_good():
     net, opt, ema = two()
     train(net, opt, range(3), FP32)

@@ -45,6 +45,7 @@ class WeightAverage(RunningAverage):
         at_least_int("every", every, 1)
         self._decay, self._warmup, self._start, self._every = decay, warmup, start, every
         self._steps = 0
+        self._has_some = False  # whether the host knows that there are weights in the averages
         self._of: dict[Tensor, Tensor] = {}  # the averages by parameter
         self._joined: list[Tensor] = []  # parameters whose averages have been made for the step under way
         self._aside: dict[Tensor, Tensor] | None = None  # the weights, while their averages are swapped in
@@ -172,9 +173,16 @@ class WeightAverage(RunningAverage):
     def weights_of(self, model: nn.Module) -> dict[str, Tensor]:
         """The averages by the names that ``model`` has for them, in the dtypes of its weights: for ``functional_call``.
 
-        What is not averaged is there as it is; so is everything before the first average. Reads nothing back from the device.
+        What is not averaged is there as it is; so is everything before the first average. Reads the device until there is one.
         """
-        return {name: self._of.get(p, p).detach().to(p.dtype) for name, p in model.named_parameters()}
+        averages = self._averages_by_parameter()
+        return {name: averages.get(p, p).detach().to(p.device, p.dtype) for name, p in model.named_parameters()}
+
+    def _averages_by_parameter(self) -> Mapping[Tensor, Tensor]:
+        """Empty before the first average: what is held until then may be weights of an earlier step."""
+        if not self._has_some:
+            self._has_some = self._steps > self._start and self.n_averaged > 0
+        return self._of if self._has_some else {}
 
     def _parameters(self) -> list[Tensor]:
         optimizer = self._optimizer()
@@ -297,7 +305,7 @@ class WeightAverage(RunningAverage):
                     local(average).copy_(local(spread_as(loaded[i], params[i])))
             self._joined = [p for i, p in enumerate(params) if i not in loaded]
         self._taken.copy_(state["taken"])
-        self._steps = state["steps"]
+        self._steps, self._has_some = state["steps"], False
 
     def extra_bytes(self, params: Sequence[Tensor]) -> int:
         """Of averages that are not there yet."""
@@ -391,7 +399,7 @@ class SWA(WeightAverage):
     def restart(self, steps: int = 0) -> None:
         """Forgets what was averaged, and counts on from ``steps``."""
         self._taken.zero_()
-        self._steps = steps
+        self._steps, self._has_some = steps, False
 
     def __repr__(self) -> str:
         return f"SWA(start={self._start}, every={self._every}, steps={self._steps})"
