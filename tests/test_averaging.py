@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 import pickle
+import weakref
 from functools import partial
 
 import pytest
@@ -356,6 +357,22 @@ def test_detaching(make):
     ema.swap_in()
     train(net, opt, range(2, 3), FP32)  # it has no say any more
     assert ema.n_averaged == 2
+    ema.swap_out()
+    net, opt, copied_ema = copy.deepcopy((net, opt, ema))  # nor has a copy
+    train(net, opt, range(3, 4), FP32)
+    assert copied_ema.n_averaged == 2
+
+
+def test_detaching_frees_the_averages(backend):
+    net = make_net(FP32)
+    opt = MAKERS["SAM"](net.parameters(), backend=backend)
+    ema = samkern.EMA(opt)
+    train(net, opt, range(2), FP32)
+    average = weakref.ref(ema.averages[0])
+    ema.detach()
+    del ema
+    assert average() is None
+    train(net, opt, range(2, 3), FP32)
 
 
 def test_what_an_average_needs_outlives_the_optimizer():

@@ -59,12 +59,15 @@ class WeightAverage(RunningAverage):
                     f"{describe(params, i)}: {p.layout} {p.dtype} cannot be averaged; use a dense real parameter"
                 )
         self._taken = torch.zeros(1, dtype=torch.int64, device=params[0].device if params else "cpu")
-        self._attach(inner)
+        self._is_attached = True
+        self._belong_to(inner)
 
-    def _attach(self, optimizer: Optimizer) -> None:
+    def _belong_to(self, optimizer: Optimizer) -> None:
         self._optimizer: Callable[[], Optimizer | None] = weakref.ref(
             optimizer
         )  # which refers to us: not a cycle, that would hold weights until it is found
+        if not self._is_attached:
+            return
         if isinstance(optimizer, SharpnessAware):
             optimizer.attach(self)
         else:
@@ -80,7 +83,7 @@ class WeightAverage(RunningAverage):
             optimizer.detach(self)
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._is_attached = [], False
 
     # ---- taking weights in
 
@@ -320,7 +323,7 @@ class WeightAverage(RunningAverage):
         optimizer = state["_optimizer"]
         vars(self).update({**state, "_handles": [], "_until_out": contextlib.ExitStack(), "_optimizer": lambda: None})
         if optimizer is not None:
-            self._attach(optimizer)
+            self._belong_to(optimizer)
 
 
 class EMA(WeightAverage):

@@ -181,6 +181,7 @@ class SharpnessAware(StepLoop):
         """Ends that. One that is not attached is ignored."""
         self.require_idle("detach()")
         self._companions = tuple(x for x in self._companions if x is not companion)
+        self._keeper.let_go_of_average(companion)
 
     @property
     def steps(self) -> int:
