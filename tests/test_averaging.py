@@ -691,6 +691,21 @@ def test_when_wasam_averages(options, sampling):
     assert repr(opt.average) == f"SWA(start={sampling[0]}, every={sampling[1]}, steps=0)"
 
 
+def test_wasam_is_not_copied_and_loads_nothing_while_its_average_is_swapped_in():
+    net = make_net(FP32)
+    opt = samkern.WASAM(net.parameters(), torch.optim.SGD, total_steps=4, start=0.0, **SGD)
+    train(net, opt, range(1), FP32)
+    saved = copy.deepcopy(opt.state_dict())
+    train(net, opt, range(1, 3), FP32)
+    before = copy.deepcopy(opt.state_dict())
+    with opt.average.swapped():
+        with pytest.raises(RuntimeError, match=r"load_state_dict\(\) while the averages of SWA are swapped in"):
+            opt.load_state_dict(saved)
+        with pytest.raises(RuntimeError, match="copying or pickling while the averages of SWA are swapped in"):
+            copy.deepcopy(opt)
+    assert same_tree(opt.state_dict(), before)
+
+
 def test_wasam_composes_and_checks():
     params = [torch.randn(3, requires_grad=True)]
     opt = samkern.WASAM(params, torch.optim.AdamW, total_steps=4, start=0.0, p=math.inf, lr=1e-3, adaptive=False)

@@ -136,7 +136,7 @@ class WeightAverage(RunningAverage):
 
     def before_step(self) -> None:
         """Raises ``RuntimeError`` while the averages are in the place of the weights."""
-        self._require_out("a step of the optimizer")
+        self.require_out("a step of the optimizer")
 
     @eager
     def _after_step(self) -> None:
@@ -202,7 +202,7 @@ class WeightAverage(RunningAverage):
         Raises:
             RuntimeError: they are swapped in already, or a step is under way; and from a step within the block.
         """
-        self._require_out("swapped()")
+        self.require_out("swapped()")
         try:
             self.swap_in(model)
             yield
@@ -214,7 +214,7 @@ class WeightAverage(RunningAverage):
     def swap_in(self, model: nn.Module | None = None) -> None:
         """As ``swapped``, until ``swap_out()``."""
         self._require_idle("swap_in()")
-        self._require_out("swap_in()")
+        self.require_out("swap_in()")
         params = self._parameters()
         averages, aside = self.averages, {p: local(p).clone() for p in params}
         if model is not None:
@@ -245,7 +245,7 @@ class WeightAverage(RunningAverage):
             RuntimeError: nothing has been averaged yet, they are swapped in, or a step is under way.
         """
         self._require_idle("copy_to_weights()")
-        self._require_out("copy_to_weights()")
+        self.require_out("copy_to_weights()")
         self._require_some()
         _copy(self._parameters(), self.averages)
 
@@ -255,7 +255,8 @@ class WeightAverage(RunningAverage):
                 f"copy_to_weights(): no weights have been averaged in {self._steps} steps (start={self._start})"
             )
 
-    def _require_out(self, what: str) -> None:
+    def require_out(self, what: str) -> None:
+        """Raises ``RuntimeError`` while the averages are in the place of the weights."""
         if self._aside is not None:
             raise RuntimeError(
                 f"{what} while the averages of {type(self).__name__} are swapped in: leave the block of swapped(), or call "
@@ -298,7 +299,7 @@ class WeightAverage(RunningAverage):
             ValueError: it is of another kind of average, or of other parameters; nothing has been loaded then.
             RuntimeError: the averages are swapped in.
         """
-        self._require_out("load_state_dict()")
+        self.require_out("load_state_dict()")
         self.check_state_dict(state)
         params = self._parameters()
         loaded = state["averages"]
@@ -315,7 +316,7 @@ class WeightAverage(RunningAverage):
         return sum(bytes_of_average(p) for p in params if p not in self._of)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._require_out("copying or pickling")
+        self.require_out("copying or pickling")
         state = {name: value for name, value in vars(self).items() if name not in ("_handles", "_until_out")}
         return {**state, "_optimizer": self._optimizer()}
 

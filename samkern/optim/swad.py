@@ -161,7 +161,7 @@ class SWAD(WeightAverage):
             ValueError: a negative loss, of which the threshold would be no multiple: add a constant.
             RuntimeError: the averages are swapped in: the loss is that of the weights.
         """
-        self._require_out("validate()")
+        self.require_out("validate()")
         loss = float(loss)
         if loss < 0:
             raise ValueError(
