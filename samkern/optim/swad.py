@@ -142,7 +142,9 @@ class SWAD(WeightAverage):
 
     def _averages_by_parameter(self) -> Mapping[Tensor, Tensor]:
         latest = self._latest()
-        return super()._averages_by_parameter() if latest is None else {p: like(x, p) for p, x in latest.averages.items()}
+        return (
+            super()._averages_by_parameter() if latest is None else {p: like(x, p) for p, x in latest.averages.items()}
+        )
 
     def _latest(self) -> Segment | None:
         return self._valley or (self._waiting[-1] if self._waiting else None)
