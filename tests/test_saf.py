@@ -210,6 +210,29 @@ def test_dtypes(dtype):
     assert torch.equal(kept, expected.to(dtype).float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_answers_that_are_not_finite_are_not_kept(dtype, bad):
+    saf = samkern.SAFLoss(3, C, start_epoch=0, lag=1, dtype=dtype)
+    x, index = torch.arange(3.0), torch.arange(3)
+    broken = answers(x, 0)
+    broken[1, 0] = bad
+    saf(broken, index, index)
+    assert saf.archive.filled(0) == 2
+    saf(answers(x, 0), index, index)  # the first finite one counts
+    assert saf.archive.filled(0) == 3
+    saf.epoch = 1
+    assert saf(answers(x, 1), index, index).isfinite()
+
+
+def test_of_a_sample_that_a_batch_has_twice_the_first_answer_counts():
+    archive = samkern.LogitArchive(4, 1)
+    archive.write(0, torch.tensor([2, 0, 2, 2, 0]), torch.arange(5.0)[:, None])
+    kept, there = archive.read(0, torch.arange(4))
+    assert kept.flatten().tolist() == [1, 0, 0, 0]
+    assert there.tolist() == [True, False, True, False]
+
+
 def test_equal_answers_add_nothing():
     saf = samkern.SAFLoss(4, C, start_epoch=0, lag=1)
     x = torch.arange(4.0)
@@ -243,6 +266,18 @@ def test_the_budget():
 def test_a_file_takes_what_it_says(tmp_path):
     archive = samkern.LogitArchive(N, C, dtype=torch.bfloat16, path=tmp_path / "logits")
     assert (tmp_path / "logits").stat().st_size == archive.n_bytes
+
+
+def test_a_stream_has_no_places():
+    class Stream(torch.utils.data.IterableDataset):
+        def __len__(self):
+            return 4
+
+        def __iter__(self):
+            return iter(range(4))
+
+    with pytest.raises(TypeError, match="dataset must have a length and items.*got Stream"):
+        samkern.Indexed(Stream())
 
 
 def test_what_is_refused(tmp_path):
