@@ -278,9 +278,12 @@ class SharpnessAware(StepLoop):
         return self._keeper.base_state_dict()
 
     def own_state(self) -> dict[str, Any]:
-        """Our part of a checkpoint: counters, caches, masks."""
+        """Our part of a checkpoint: counters, seeds, caches, masks."""
         counters = {"version": 1, "t": self._t, "evaluations": self.evaluations}
-        choices = {"mask": self.mask, "schedule": self.schedule, "reuse": self.reuse, "radius": self.learned}
+        choices = {
+            **{"perturbation": self.perturbation, "mask": self.mask, "schedule": self.schedule},
+            **{"reuse": self.reuse, "radius": self.learned},
+        }
         states = {name: choice.state() for name, choice in choices.items() if choice is not None}
         return {**counters, **states, **self._keeper.state_dict()}
 
@@ -295,6 +298,7 @@ class SharpnessAware(StepLoop):
         self._keeper.load_state_dict(state)
         self._passed = None
         self._t, self.evaluations = state.get("t", 0), state.get("evaluations", 0)
+        self.perturbation.load_state(state.get("perturbation", {}))
         self.schedule.load_state(state.get("schedule", {}))
         if self.mask is not None:
             self.mask.load_state(state.get("mask", {}))
