@@ -226,7 +226,7 @@ class LogitArchive:
         new = (self._tags[slot, index] != epoch + 1) & logits.isfinite().all(1)
         if not new.all():
             index, logits = index[new], logits[new]
-        samples, of_sample = index.unique(return_inverse=True)
+        samples, of_sample = torch.unique(index, return_inverse=True)
         if len(samples) < len(index):
             places = torch.arange(len(index))
             first = torch.empty_like(samples).scatter_reduce_(0, of_sample, places, "amin", include_self=False)

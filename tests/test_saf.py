@@ -276,7 +276,7 @@ def test_a_stream_has_no_places():
         def __iter__(self):
             return iter(range(4))
 
-    with pytest.raises(TypeError, match="dataset must have a length and items.*got Stream"):
+    with pytest.raises(TypeError, match=r"dataset must have a length and items.*got Stream"):
         samkern.Indexed(Stream())
 
 

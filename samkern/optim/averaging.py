@@ -22,7 +22,7 @@ from ..shards import is_sharded, like, local, locals_of, spread_as
 from ..tensors import DTYPES, describe, is_capturing
 from ..undisturbed import unchanged_buffers
 from .checks import at_least_int, between
-from .companion import RunningAverage
+from .companion import RunningAverage, within_wrappers
 from .eager import eager
 from .engine import SharpnessAware
 from .keeper import parameters_of
@@ -51,7 +51,7 @@ class WeightAverage(RunningAverage):
         self._aside: dict[Tensor, Tensor] | None = None  # the weights, while their averages are swapped in
         self._until_out = contextlib.ExitStack()
         self._handles: list[RemovableHandle] = []
-        inner = _within_wrappers(optimizer)
+        inner = within_wrappers(optimizer)
         params = parameters_of(inner)
         for i, p in enumerate(params):
             if p.layout != torch.strided or p.dtype not in DTYPES:
@@ -460,15 +460,3 @@ def _reshard(model: nn.Module) -> None:
         reshard = getattr(module, "reshard", None)
         if callable(reshard):
             reshard()
-
-
-def _within_wrappers(optimizer: Any) -> Optimizer:
-    """What is within the wrappers that frameworks put around optimizers: its steps are the ones that are taken."""
-    inner = optimizer
-    while isinstance(nested := getattr(inner, "optimizer", None), Optimizer):
-        inner = nested
-    if not isinstance(inner, Optimizer):
-        raise TypeError(
-            f"optimizer must be one of samkern's or a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        )
-    return inner

@@ -170,7 +170,9 @@ class SharpnessAware(StepLoop):
         Raises:
             ValueError: it does not go with the choices, or is attached already.
             RuntimeError: a step is under way.
+            TypeError: of a wrapper, which would not tell what it wraps.
         """
+        fit.check_is_itself(self, "attach()")
         self.require_idle("attach()")
         if companion in self._companions:
             raise ValueError(f"this {type(companion).__name__} is attached already")
@@ -281,8 +283,11 @@ class SharpnessAware(StepLoop):
         """Our part of a checkpoint: counters, seeds, caches, masks."""
         counters = {"version": 1, "t": self._t, "evaluations": self.evaluations}
         choices = {
-            **{"perturbation": self.perturbation, "mask": self.mask, "schedule": self.schedule},
-            **{"reuse": self.reuse, "radius": self.learned},
+            "perturbation": self.perturbation,
+            "mask": self.mask,
+            "schedule": self.schedule,
+            "reuse": self.reuse,
+            "radius": self.learned,
         }
         states = {name: choice.state() for name, choice in choices.items() if choice is not None}
         return {**counters, **states, **self._keeper.state_dict()}

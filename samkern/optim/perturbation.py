@@ -266,8 +266,8 @@ class Gaussian(SeededNoise):
         total_steps: for ``inc != 1``, >= 1. Later steps have s = 1.
         scale: n is the norm of each dim-0 slice, of a tensor of fewer than two dimensions as a whole ("filter"), or of each
             tensor ("tensor").
-        seed: >= 0; that of a checkpoint wins. The noise is of Philox words of seed, step, draw and place of an entry: the same on
-            every backend and rank, and after a resume, and torch's global generators are left alone. It is never stored.
+        seed: >= 0; that of a checkpoint wins. The noise is of Philox words of seed, step, draw and place of an entry: the same
+            on every backend and rank, and after a resume, and torch's global generators are left alone. It is never stored.
 
     Bisla et al., AISTATS 2022, https://arxiv.org/abs/2201.08025.
 
