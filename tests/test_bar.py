@@ -300,6 +300,20 @@ def test_goes_with_flat_lora(kind):
     assert same_bits(adapted.frozen(model), adapted.frozen(adapted.make(kind)))
 
 
+def test_noise_that_is_not_finite_changes_nothing():
+    """The norm of a weight overflows, so that the step is skipped though gradients are finite."""
+    shapes = (((2, 4), 1.0), ((3, 2), 2.0), ((1,), math.inf))
+    x, y, z = (nn.Parameter(torch.full(shape, value)) for shape, value in shapes)
+    opt = samkern.LPFSGD([x, y, z], SGD, lr=0.1, inc=1, draws=1)
+    bar = samkern.BAR(opt, [(x, y)], kind="obar", a=0.5, decay="constant")
+    with opt.perturbed():
+        x.grad, y.grad = torch.ones_like(x), torch.ones_like(y)
+    opt.step()
+    assert (opt.skips, bar.t) == (1, 1)
+    assert (x == 1).all()
+    assert (y == 2).all()
+
+
 def test_a_missing_gradient_leaves_the_pair():
     first, second = Factorisation(), Factorisation(seed=1)
     opt = SGD([*first.pair, *second.pair], lr=0.1)
