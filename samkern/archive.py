@@ -194,7 +194,8 @@ class LogitArchive:
         if os.path.exists(self.path) and os.path.getsize(self.path) > 0:
             with open(self.path, "rb") as file:
                 found = file.read(_HEADER)
-            if found.strip(b"\0") and (found != header or os.path.getsize(self.path) != self.n_bytes):
+            # Zeros: of a process that ended before it wrote the header.
+            if os.path.getsize(self.path) != self.n_bytes or (found.strip(b"\0") and found != header):
                 described = found.rstrip(b"\0").decode(errors="replace")[:200]
                 raise ValueError(
                     f"path={self.path!r} is the file of something else, {described!r}: delete it, or choose another path"

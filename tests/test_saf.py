@@ -307,6 +307,10 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is the file of something else, 'something else entirely'"):
         samkern.SAFLoss(N, C, path=tmp_path / "notes")
     assert (tmp_path / "notes").read_text() == "something else entirely"
+    (tmp_path / "image").write_bytes(bytes(5000) + b"precious")
+    with pytest.raises(ValueError, match="is the file of something else, ''"):
+        samkern.SAFLoss(N, C, path=tmp_path / "image")
+    assert (tmp_path / "image").read_bytes() == bytes(5000) + b"precious"
     samkern.SAFLoss(N, C, path=tmp_path / "logits")
     with pytest.raises(ValueError, match="is the file of something else"):
         samkern.SAFLoss(N, C, lag=2, path=tmp_path / "logits")
