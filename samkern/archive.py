@@ -28,6 +28,7 @@ class LogitArchive:
     """What a model has answered to each sample in the last ``lag + 1`` epochs.
 
     Of a sample's answers in one epoch the first counts: the second pass of a SAM step, at perturbed weights, changes nothing.
+    Logits that are NaN or infinite, of a step that is skipped, are not kept.
 
     Args:
         n_samples, n_classes: of the data set.
@@ -102,7 +103,7 @@ class LogitArchive:
         kept = logits.detach()
         if self.dtype == torch.float16:
             largest = torch.finfo(torch.float16).max
-            kept = kept.clamp(-largest, largest)
+            kept = torch.where(kept.isinf(), kept, kept.clamp(-largest, largest))
         kept = kept.to(self.dtype)
         if kept.device.type != "cuda":
             self._collect(block=True)
@@ -193,7 +194,8 @@ class LogitArchive:
         if os.path.exists(self.path) and os.path.getsize(self.path) > 0:
             with open(self.path, "rb") as file:
                 found = file.read(_HEADER)
-            if found.strip(b"\0") and (found != header or os.path.getsize(self.path) != self.n_bytes):
+            # Zeros: of a process that ended before it wrote the header.
+            if os.path.getsize(self.path) != self.n_bytes or (found.strip(b"\0") and found != header):
                 described = found.rstrip(b"\0").decode(errors="replace")[:200]
                 raise ValueError(
                     f"path={self.path!r} is the file of something else, {described!r}: delete it, or choose another path"
@@ -222,9 +224,14 @@ class LogitArchive:
 
     def _keep(self, epoch: int, index: Tensor, logits: Tensor) -> None:
         slot = epoch % (self.lag + 1)
-        new = self._tags[slot, index] != epoch + 1
+        new = (self._tags[slot, index] != epoch + 1) & logits.isfinite().all(1)
         if not new.all():
             index, logits = index[new], logits[new]
+        samples, of_sample = torch.unique(index, return_inverse=True)
+        if len(samples) < len(index):
+            places = torch.arange(len(index))
+            first = torch.empty_like(samples).scatter_reduce_(0, of_sample, places, "amin", include_self=False)
+            index, logits = samples, logits[first]
         self._tags[slot, index] = 0  # while they are written, they are nobody's
         self._logits[slot, index] = logits
         self._tags[slot, index] = epoch + 1

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from .archive import LogitArchive
 from .optim.averaging import WeightAverage
@@ -224,7 +224,8 @@ class Indexed(Dataset[Any]):
     """
 
     def __init__(self, dataset: Any) -> None:
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        has_places = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        if not has_places or isinstance(dataset, IterableDataset):  # which inherits a __getitem__ that raises
             raise TypeError(
                 f"dataset must have a length and items, so that they have places, got {type(dataset).__name__}"
             )

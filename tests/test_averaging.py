@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 import pickle
+import weakref
 from functools import partial
 
 import pytest
@@ -313,6 +314,25 @@ def test_before_anything_is_averaged():
     assert swa.n_averaged == 2
 
 
+def test_weights_by_name_before_the_first_average_are_those_of_now():
+    net = make_net(FP32)
+    opt = MAKERS["SAM"](net.parameters())
+    swa = samkern.SWA(opt, start=4)
+
+    def of_net():
+        return weights(net), list(swa.weights_of(net).values())
+
+    for t in range(6):
+        train(net, opt, range(t, t + 1), FP32)
+        if t == 0:
+            swa.swap_in()  # makes averages, which are not those of later steps
+            swa.swap_out()
+        assert same_bits(*of_net()) == (t < 5)
+    swa.restart()
+    train(net, opt, range(6, 7), FP32)
+    assert same_bits(*of_net())
+
+
 def test_for_good():
     net, opt, ema = two()
     train(net, opt, range(3), FP32)
@@ -337,6 +357,22 @@ def test_detaching(make):
     ema.swap_in()
     train(net, opt, range(2, 3), FP32)  # it has no say any more
     assert ema.n_averaged == 2
+    ema.swap_out()
+    net, opt, copied_ema = copy.deepcopy((net, opt, ema))  # nor has a copy
+    train(net, opt, range(3, 4), FP32)
+    assert copied_ema.n_averaged == 2
+
+
+def test_detaching_frees_the_averages(backend):
+    net = make_net(FP32)
+    opt = MAKERS["SAM"](net.parameters(), backend=backend)
+    ema = samkern.EMA(opt)
+    train(net, opt, range(2), FP32)
+    average = weakref.ref(ema.averages[0])
+    ema.detach()
+    del ema
+    assert average() is None
+    train(net, opt, range(2, 3), FP32)
 
 
 def test_what_an_average_needs_outlives_the_optimizer():
@@ -653,6 +689,21 @@ def test_wasam_goes_on_from_sam():
 def test_when_wasam_averages(options, sampling):
     opt = samkern.WASAM([torch.zeros(2, requires_grad=True)], torch.optim.SGD, lr=0.1, **options)
     assert repr(opt.average) == f"SWA(start={sampling[0]}, every={sampling[1]}, steps=0)"
+
+
+def test_wasam_is_not_copied_and_loads_nothing_while_its_average_is_swapped_in():
+    net = make_net(FP32)
+    opt = samkern.WASAM(net.parameters(), torch.optim.SGD, total_steps=4, start=0.0, **SGD)
+    train(net, opt, range(1), FP32)
+    saved = copy.deepcopy(opt.state_dict())
+    train(net, opt, range(1, 3), FP32)
+    before = copy.deepcopy(opt.state_dict())
+    with opt.average.swapped():
+        with pytest.raises(RuntimeError, match=r"load_state_dict\(\) while the averages of SWA are swapped in"):
+            opt.load_state_dict(saved)
+        with pytest.raises(RuntimeError, match="copying or pickling while the averages of SWA are swapped in"):
+            copy.deepcopy(opt)
+    assert same_tree(opt.state_dict(), before)
 
 
 def test_wasam_composes_and_checks():

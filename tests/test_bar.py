@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -298,6 +300,20 @@ def test_goes_with_flat_lora(kind):
     assert same_bits(adapted.frozen(model), adapted.frozen(adapted.make(kind)))
 
 
+def test_noise_that_is_not_finite_changes_nothing():
+    """The norm of a weight overflows, so that the step is skipped though gradients are finite."""
+    shapes = (((2, 4), 1.0), ((3, 2), 2.0), ((1,), math.inf))
+    x, y, z = (nn.Parameter(torch.full(shape, value)) for shape, value in shapes)
+    opt = samkern.LPFSGD([x, y, z], SGD, lr=0.1, inc=1, draws=1)
+    bar = samkern.BAR(opt, [(x, y)], kind="obar", a=0.5, decay="constant")
+    with opt.perturbed():
+        x.grad, y.grad = torch.ones_like(x), torch.ones_like(y)
+    opt.step()
+    assert (opt.skips, bar.t) == (1, 1)
+    assert (x == 1).all()
+    assert (y == 2).all()
+
+
 def test_a_missing_gradient_leaves_the_pair():
     first, second = Factorisation(), Factorisation(seed=1)
     opt = SGD([*first.pair, *second.pair], lr=0.1)
@@ -376,6 +392,47 @@ def test_remove_ends_it(ours):
     assert same_bits([p.detach() for p in problem.pair], [p.detach() for p in twin.pair])
 
 
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("inherits", [False, True])
+def test_within_the_wrappers_of_a_framework(ours, inherits):
+    """Also one that has the class of what it wraps, as Lightning's has."""
+    problem = Factorisation()
+    opt = Adam(problem.pair, lr=0.1)
+    if ours:
+        opt = samkern.MSAM(None, opt)
+
+    class Wrapper(type(opt) if inherits else torch.optim.Optimizer):
+        def __init__(self):
+            self.optimizer = opt
+
+        param_groups = property(lambda self: self.optimizer.param_groups)
+
+    bar = samkern.BAR(Wrapper(), [problem.pair], decay="constant")
+    problem.backward()
+    if ours:
+        with opt.perturbed():
+            problem.backward()
+    opt.step()
+    assert bar.t == 1
+    if ours and inherits:
+        with pytest.raises(TypeError, match=r"attach\(\) of Wrapper, which wraps an optimizer of samkern"):
+            Wrapper().attach(bar)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("removed", [False, True])
+def test_copies_with_their_optimizer_go_on(how, removed):
+    x, y = (nn.Parameter(torch.ones(shape)) for shape in ((2, 4), (3, 2)))
+    opt = SGD([x, y], lr=0.1)
+    bar = samkern.BAR(opt, [(x, y)], decay="constant")
+    if removed:
+        bar.remove()
+    x, y, opt, other = how((x, y, opt, bar))
+    x.grad, y.grad = torch.ones_like(x), torch.zeros_like(y)
+    opt.step()
+    assert (other.t, bar.t) == (0 if removed else 1, 0)
+
+
 def test_half_precision_factors_move_by_rounded_products():
     x, y = (nn.Parameter(p.detach().to(BF16)) for p in Factorisation().pair)
     before = x.detach().clone()
@@ -401,7 +458,7 @@ def test_what_is_refused():
         ({"pairs_or_model": [problem.x]}, TypeError, r"pair 0 must be two tensors \(x, y\)"),
         ({"pairs_or_model": [problem.pair] * 2}, ValueError, "in several pairs"),
         ({"pairs_or_model": model}, ValueError, "no parameter of the optimizer"),
-        ({"optimizer": problem}, TypeError, "optimizer must be a torch.optim.Optimizer"),
+        ({"optimizer": problem}, TypeError, "optimizer must be one of samkern's or a torch.optim.Optimizer"),
         ({"optimizer": samkern.SAM(problem.pair, SGD, lr=0.1)}, ValueError, "stands for the second pass"),
     ]:
         given = {"optimizer": opt, "pairs_or_model": [problem.pair], "total_steps": 10, **options}

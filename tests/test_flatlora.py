@@ -627,7 +627,7 @@ def test_resuming_is_bit_exact(how, kind):
         twin, other = pickle.loads(pickle.dumps((model, opt)))
     else:
         twin = make(kind, FP32, seed=1)
-        other = flat(twin, AdamW, lr=1e-2, seed=5)
+        other = flat(twin, AdamW, lr=1e-2, seed=6)
         train(twin, other, range(2))
         twin.load_state_dict(through_a_file(model.state_dict()))
         other.load_state_dict(through_a_file(opt.state_dict()))
@@ -721,6 +721,7 @@ def test_options_that_are_refused():
         ({"sigma": -0.1}, ValueError, "sigma must be a finite number >= 0, got -0.1"),
         ({"total_steps": None}, ValueError, "total_steps must be an integer >= 1, got None"),
         ({"draws": 0}, ValueError, "draws must be"),
+        ({"seed": 1.5}, ValueError, "seed must be an integer >= 0, got 1.5"),
         ({"adapters": []}, ValueError, "has no adapters"),
         ({"adapters": [params[0]]}, TypeError, "must be a samkern.Adapter"),
         ({"mask": samkern.optim.FisherMask(fisher="batch")}, ValueError, "mask= chooses entries"),

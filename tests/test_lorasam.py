@@ -118,6 +118,16 @@ def test_a_ready_base():
         samkern.LoRASAM(model, SGD([*rest, *ours], lr=0.1))
 
 
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_base_with_a_rho_of_its_own(ready):
+    a, b, bias = (torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 4), (3, 2), (3,)))
+    adapter = samkern.Adapter(torch.zeros(3, 4), a, b)
+    groups = [{"params": [a, b]}, {"params": [bias]}]
+    base = torch.optim.Adadelta(groups) if ready else torch.optim.Adadelta
+    opt = samkern.LoRASAM(None if ready else [a, b, bias], base, rho=0.1, adapters=[adapter])
+    assert [(group["rho"], group["sam_rho"]) for group in opt.param_groups] == [(0.9, 0.1), (0.9, 0.0)]
+
+
 def test_what_is_refused():
     model = own()
     rest = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]

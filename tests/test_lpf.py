@@ -333,7 +333,7 @@ def test_an_exception_in_a_draw(error, nth, backend):
 def test_resuming(how, backend):
     options = {"draws": 2, "inc": 3.0, "total_steps": 8, "backend": backend}
     net = make_net(FP32)
-    opt = make(net.parameters(), **options)
+    opt = make(net.parameters(), seed=7, **options)  # which the checkpoint has
     train(net, opt, range(3), FP32)
     again, other = copied(how, net, opt, lambda params: make(params, **options))
     train(net, opt, range(3, 6), FP32)
@@ -374,6 +374,8 @@ def test_what_it_refuses(backend):
         ({"std": -1.0}, "std must be a finite number >= 0, got -1.0"),
         ({"std": math.nan}, "std must be a finite number >= 0"),
         ({"draws": 0}, "draws must be an integer >= 1, got 0"),
+        ({"seed": -1}, "seed must be an integer >= 0, got -1"),
+        ({"seed": 1.5}, "seed must be an integer >= 0, got 1.5"),
         ({"inc": 2.0}, "total_steps must be an integer >= 1, got None"),
         ({"inc": -1.0, "total_steps": 5}, "inc must be a finite number >= 0"),
         ({"scale": "layer"}, "scale must be one of 'filter', 'tensor', got 'layer'"),

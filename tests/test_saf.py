@@ -210,6 +210,29 @@ def test_dtypes(dtype):
     assert torch.equal(kept, expected.to(dtype).float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_answers_that_are_not_finite_are_not_kept(dtype, bad):
+    saf = samkern.SAFLoss(3, C, start_epoch=0, lag=1, dtype=dtype)
+    x, index = torch.arange(3.0), torch.arange(3)
+    broken = answers(x, 0)
+    broken[1, 0] = bad
+    saf(broken, index, index)
+    assert saf.archive.filled(0) == 2
+    saf(answers(x, 0), index, index)  # the first finite one counts
+    assert saf.archive.filled(0) == 3
+    saf.epoch = 1
+    assert saf(answers(x, 1), index, index).isfinite()
+
+
+def test_of_a_sample_that_a_batch_has_twice_the_first_answer_counts():
+    archive = samkern.LogitArchive(4, 1)
+    archive.write(0, torch.tensor([2, 0, 2, 2, 0]), torch.arange(5.0)[:, None])
+    kept, there = archive.read(0, torch.arange(4))
+    assert kept.flatten().tolist() == [1, 0, 0, 0]
+    assert there.tolist() == [True, False, True, False]
+
+
 def test_equal_answers_add_nothing():
     saf = samkern.SAFLoss(4, C, start_epoch=0, lag=1)
     x = torch.arange(4.0)
@@ -245,6 +268,18 @@ def test_a_file_takes_what_it_says(tmp_path):
     assert (tmp_path / "logits").stat().st_size == archive.n_bytes
 
 
+def test_a_stream_has_no_places():
+    class Stream(torch.utils.data.IterableDataset):
+        def __len__(self):
+            return 4
+
+        def __iter__(self):
+            return iter(range(4))
+
+    with pytest.raises(TypeError, match=r"dataset must have a length and items.*got Stream"):
+        samkern.Indexed(Stream())
+
+
 def test_what_is_refused(tmp_path):
     saf = samkern.SAFLoss(N, C, start_epoch=0)
     z, y = torch.zeros(2, C), torch.zeros(2, dtype=torch.long)
@@ -272,6 +307,10 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is the file of something else, 'something else entirely'"):
         samkern.SAFLoss(N, C, path=tmp_path / "notes")
     assert (tmp_path / "notes").read_text() == "something else entirely"
+    (tmp_path / "image").write_bytes(bytes(5000) + b"precious")
+    with pytest.raises(ValueError, match="is the file of something else, ''"):
+        samkern.SAFLoss(N, C, path=tmp_path / "image")
+    assert (tmp_path / "image").read_bytes() == bytes(5000) + b"precious"
     samkern.SAFLoss(N, C, path=tmp_path / "logits")
     with pytest.raises(ValueError, match="is the file of something else"):
         samkern.SAFLoss(N, C, lag=2, path=tmp_path / "logits")

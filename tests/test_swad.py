@@ -217,6 +217,20 @@ def test_swapping_in_before_there_is_a_result():
     assert same_bits([p.detach() for p in walk.params], before)
 
 
+@pytest.mark.parametrize("on_host", [False, True])
+def test_weights_by_name_are_those_of_the_result(on_host):
+    net = torch.nn.Linear(3, 2)
+    opt = torch.optim.SGD(net.parameters(), lr=0.1)
+    swad = samkern.SWAD(opt, n_converge=2, n_tolerance=2, on_host=on_host)
+    for loss in (0.9, 0.5, 0.5, 0.6, 0.8, 0.9):
+        for _ in range(2):
+            net(torch.ones(1, 3)).square().sum().backward()
+            opt.step()
+        ended = swad.validate(loss)
+        assert same_bits(list(swad.weights_of(net).values()), swad.averages)
+    assert ended
+
+
 def test_a_group_that_is_added_within_the_valley():
     walk = Walk(n_converge=1)
     for loss in (1.0, 1.0):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
 
 Groups = list[dict[str, Any]]
+
+
+def name_in_groups(name: str, taken: Container[str]) -> str:
+    """What our option ``name`` is called in groups of a base whose options are ``taken``."""
+    return f"sam_{name}" if name in taken else name
 
 
 class OptimizerAround(Optimizer):
@@ -23,7 +28,7 @@ class OptimizerAround(Optimizer):
     def __init__(self, base: Optimizer, options: Mapping[str, Any], not_per_group: Sequence[str]) -> None:
         self.base = base
         self._not_per_group = tuple(name for name in not_per_group if name not in base.defaults)
-        self._keys = {name: f"sam_{name}" if name in base.defaults else name for name in options}
+        self._keys = {name: name_in_groups(name, base.defaults) for name in options}
         ours = {self._keys[name]: value for name, value in options.items()}
         # torch's __init__ would make groups and state of its own; its __setstate__ makes the rest of an Optimizer.
         self.__setstate__({"defaults": {**base.defaults, **ours}})

@@ -22,7 +22,7 @@ from ..shards import is_sharded, like, local, locals_of, spread_as
 from ..tensors import DTYPES, describe, is_capturing
 from ..undisturbed import unchanged_buffers
 from .checks import at_least_int, between
-from .companion import RunningAverage
+from .companion import RunningAverage, within_wrappers
 from .eager import eager
 from .engine import SharpnessAware
 from .keeper import parameters_of
@@ -45,12 +45,13 @@ class WeightAverage(RunningAverage):
         at_least_int("every", every, 1)
         self._decay, self._warmup, self._start, self._every = decay, warmup, start, every
         self._steps = 0
+        self._has_some = False  # whether the host knows that there are weights in the averages
         self._of: dict[Tensor, Tensor] = {}  # the averages by parameter
         self._joined: list[Tensor] = []  # parameters whose averages have been made for the step under way
         self._aside: dict[Tensor, Tensor] | None = None  # the weights, while their averages are swapped in
         self._until_out = contextlib.ExitStack()
         self._handles: list[RemovableHandle] = []
-        inner = _within_wrappers(optimizer)
+        inner = within_wrappers(optimizer)
         params = parameters_of(inner)
         for i, p in enumerate(params):
             if p.layout != torch.strided or p.dtype not in DTYPES:
@@ -58,12 +59,15 @@ class WeightAverage(RunningAverage):
                     f"{describe(params, i)}: {p.layout} {p.dtype} cannot be averaged; use a dense real parameter"
                 )
         self._taken = torch.zeros(1, dtype=torch.int64, device=params[0].device if params else "cpu")
-        self._attach(inner)
+        self._is_attached = True
+        self._belong_to(inner)
 
-    def _attach(self, optimizer: Optimizer) -> None:
+    def _belong_to(self, optimizer: Optimizer) -> None:
         self._optimizer: Callable[[], Optimizer | None] = weakref.ref(
             optimizer
         )  # which refers to us: not a cycle, that would hold weights until it is found
+        if not self._is_attached:
+            return
         if isinstance(optimizer, SharpnessAware):
             optimizer.attach(self)
         else:
@@ -79,7 +83,7 @@ class WeightAverage(RunningAverage):
             optimizer.detach(self)
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._is_attached = [], False
 
     # ---- taking weights in
 
@@ -132,7 +136,7 @@ class WeightAverage(RunningAverage):
 
     def before_step(self) -> None:
         """Raises ``RuntimeError`` while the averages are in the place of the weights."""
-        self._require_out("a step of the optimizer")
+        self.require_out("a step of the optimizer")
 
     @eager
     def _after_step(self) -> None:
@@ -172,9 +176,16 @@ class WeightAverage(RunningAverage):
     def weights_of(self, model: nn.Module) -> dict[str, Tensor]:
         """The averages by the names that ``model`` has for them, in the dtypes of its weights: for ``functional_call``.
 
-        What is not averaged is there as it is; so is everything before the first average. Reads nothing back from the device.
+        What is not averaged is there as it is; so is everything before the first average. Reads the device until there is one.
         """
-        return {name: self._of.get(p, p).detach().to(p.dtype) for name, p in model.named_parameters()}
+        averages = self._averages_by_parameter()
+        return {name: averages.get(p, p).detach().to(p.device, p.dtype) for name, p in model.named_parameters()}
+
+    def _averages_by_parameter(self) -> Mapping[Tensor, Tensor]:
+        """Empty before the first average: what is held until then may be weights of an earlier step."""
+        if not self._has_some:
+            self._has_some = self._steps > self._start and self.n_averaged > 0
+        return self._of if self._has_some else {}
 
     def _parameters(self) -> list[Tensor]:
         optimizer = self._optimizer()
@@ -191,7 +202,7 @@ class WeightAverage(RunningAverage):
         Raises:
             RuntimeError: they are swapped in already, or a step is under way; and from a step within the block.
         """
-        self._require_out("swapped()")
+        self.require_out("swapped()")
         try:
             self.swap_in(model)
             yield
@@ -203,7 +214,7 @@ class WeightAverage(RunningAverage):
     def swap_in(self, model: nn.Module | None = None) -> None:
         """As ``swapped``, until ``swap_out()``."""
         self._require_idle("swap_in()")
-        self._require_out("swap_in()")
+        self.require_out("swap_in()")
         params = self._parameters()
         averages, aside = self.averages, {p: local(p).clone() for p in params}
         if model is not None:
@@ -234,7 +245,7 @@ class WeightAverage(RunningAverage):
             RuntimeError: nothing has been averaged yet, they are swapped in, or a step is under way.
         """
         self._require_idle("copy_to_weights()")
-        self._require_out("copy_to_weights()")
+        self.require_out("copy_to_weights()")
         self._require_some()
         _copy(self._parameters(), self.averages)
 
@@ -244,7 +255,8 @@ class WeightAverage(RunningAverage):
                 f"copy_to_weights(): no weights have been averaged in {self._steps} steps (start={self._start})"
             )
 
-    def _require_out(self, what: str) -> None:
+    def require_out(self, what: str) -> None:
+        """Raises ``RuntimeError`` while the averages are in the place of the weights."""
         if self._aside is not None:
             raise RuntimeError(
                 f"{what} while the averages of {type(self).__name__} are swapped in: leave the block of swapped(), or call "
@@ -287,7 +299,7 @@ class WeightAverage(RunningAverage):
             ValueError: it is of another kind of average, or of other parameters; nothing has been loaded then.
             RuntimeError: the averages are swapped in.
         """
-        self._require_out("load_state_dict()")
+        self.require_out("load_state_dict()")
         self.check_state_dict(state)
         params = self._parameters()
         loaded = state["averages"]
@@ -297,14 +309,14 @@ class WeightAverage(RunningAverage):
                     local(average).copy_(local(spread_as(loaded[i], params[i])))
             self._joined = [p for i, p in enumerate(params) if i not in loaded]
         self._taken.copy_(state["taken"])
-        self._steps = state["steps"]
+        self._steps, self._has_some = state["steps"], False
 
     def extra_bytes(self, params: Sequence[Tensor]) -> int:
         """Of averages that are not there yet."""
         return sum(bytes_of_average(p) for p in params if p not in self._of)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._require_out("copying or pickling")
+        self.require_out("copying or pickling")
         state = {name: value for name, value in vars(self).items() if name not in ("_handles", "_until_out")}
         return {**state, "_optimizer": self._optimizer()}
 
@@ -312,7 +324,7 @@ class WeightAverage(RunningAverage):
         optimizer = state["_optimizer"]
         vars(self).update({**state, "_handles": [], "_until_out": contextlib.ExitStack(), "_optimizer": lambda: None})
         if optimizer is not None:
-            self._attach(optimizer)
+            self._belong_to(optimizer)
 
 
 class EMA(WeightAverage):
@@ -391,7 +403,7 @@ class SWA(WeightAverage):
     def restart(self, steps: int = 0) -> None:
         """Forgets what was averaged, and counts on from ``steps``."""
         self._taken.zero_()
-        self._steps = steps
+        self._steps, self._has_some = steps, False
 
     def __repr__(self) -> str:
         return f"SWA(start={self._start}, every={self._every}, steps={self._steps})"
@@ -448,15 +460,3 @@ def _reshard(model: nn.Module) -> None:
         reshard = getattr(module, "reshard", None)
         if callable(reshard):
             reshard()
-
-
-def _within_wrappers(optimizer: Any) -> Optimizer:
-    """What is within the wrappers that frameworks put around optimizers: its steps are the ones that are taken."""
-    inner = optimizer
-    while isinstance(nested := getattr(inner, "optimizer", None), Optimizer):
-        inner = nested
-    if not isinstance(inner, Optimizer):
-        raise TypeError(
-            f"optimizer must be one of samkern's or a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        )
-    return inner

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from .. import ops
 from ..lora import Adapter, all_factors
@@ -17,7 +18,7 @@ from ..options import Scaling
 from ..reference import finite
 from ..shards import locals_of
 from .checks import at_least, at_least_int, one_of
-from .companion import Companion
+from .companion import Companion, within_wrappers
 from .engine import SharpnessAware
 from .gradients import inverse_sq
 
@@ -51,7 +52,8 @@ class BAR(Companion):
         total_steps: of the training, unless ``decay="constant"``. Later steps have kappa as in the end.
 
     A pair of which a gradient is missing stays as it is; so do all in a step that is skipped. ``state_dict()`` is to be saved
-    beside the optimizer's, which knows nothing of this. ``remove()`` ends it. In half-precision factors, changes below half
+    beside the optimizer's, which knows nothing of this; ``copy.deepcopy`` and pickle take the optimizer along: copy the two
+    together, with the model. ``remove()`` ends it. In half-precision factors, changes below half
     a unit in the last place vanish.
 
     Raises:
@@ -89,15 +91,20 @@ class BAR(Companion):
         one_of("decay", decay, ("cosine", "linear", "constant"))
         if decay != "constant" or total_steps is not None:
             at_least_int("total_steps", total_steps, 1)  # type: ignore[arg-type]
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
+        optimizer = within_wrappers(optimizer)
         self.kind, self.a, self.rho, self.decay, self.total_steps = kind, a, rho, decay, total_steps
         self.t = 0
         self._pairs = _pairs(pairs_or_model)
-        self._optimizer = weakref.ref(optimizer)  # which holds us
         self._lrs: tuple[list[float], Tensor] | None = None
         self._learning_rates(optimizer)
-        self._hook = None
+        self._is_attached = True
+        self._belong_to(optimizer)
+
+    def _belong_to(self, optimizer: Optimizer) -> None:
+        self._optimizer: Callable[[], Optimizer | None] = weakref.ref(optimizer)  # which holds us
+        self._hook: RemovableHandle | None = None
+        if not self._is_attached:
+            return
         if isinstance(optimizer, SharpnessAware):
             optimizer.attach(self)
         else:
@@ -110,6 +117,17 @@ class BAR(Companion):
             self._hook.remove()
         elif isinstance(optimizer, SharpnessAware):
             optimizer.detach(self)
+        self._is_attached = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in vars(self).items() if name not in ("_hook", "_lrs")}
+        return {**state, "_optimizer": self._optimizer()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        optimizer = state["_optimizer"]
+        vars(self).update({**state, "_hook": None, "_lrs": None, "_optimizer": lambda: None})
+        if optimizer is not None:
+            self._belong_to(optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """How many steps there have been."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..options import AverageOptions, Scaling
 
@@ -57,3 +58,15 @@ class RunningAverage(Companion, ABC):
     @abstractmethod
     def add(self, params: Sequence[Tensor], skip: Tensor | None = None) -> None:
         """Takes the weights in as ``due()`` says, unless ``skip``, a 0-d bool, is true: where no pass does so."""
+
+
+def within_wrappers(optimizer: Any) -> Optimizer:
+    """What is within the wrappers that frameworks put around optimizers: its steps are the ones that are taken."""
+    inner = optimizer
+    while isinstance(nested := getattr(inner, "optimizer", None), Optimizer):
+        inner = nested
+    if not isinstance(inner, Optimizer):
+        raise TypeError(
+            f"optimizer must be one of samkern's or a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    return inner

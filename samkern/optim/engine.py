@@ -170,7 +170,9 @@ class SharpnessAware(StepLoop):
         Raises:
             ValueError: it does not go with the choices, or is attached already.
             RuntimeError: a step is under way.
+            TypeError: of a wrapper, which would not tell what it wraps.
         """
+        fit.check_is_itself(self, "attach()")
         self.require_idle("attach()")
         if companion in self._companions:
             raise ValueError(f"this {type(companion).__name__} is attached already")
@@ -181,6 +183,7 @@ class SharpnessAware(StepLoop):
         """Ends that. One that is not attached is ignored."""
         self.require_idle("detach()")
         self._companions = tuple(x for x in self._companions if x is not companion)
+        self._keeper.let_go_of_average(companion)
 
     @property
     def steps(self) -> int:
@@ -277,9 +280,15 @@ class SharpnessAware(StepLoop):
         return self._keeper.base_state_dict()
 
     def own_state(self) -> dict[str, Any]:
-        """Our part of a checkpoint: counters, caches, masks."""
+        """Our part of a checkpoint: counters, seeds, caches, masks."""
         counters = {"version": 1, "t": self._t, "evaluations": self.evaluations}
-        choices = {"mask": self.mask, "schedule": self.schedule, "reuse": self.reuse, "radius": self.learned}
+        choices = {
+            "perturbation": self.perturbation,
+            "mask": self.mask,
+            "schedule": self.schedule,
+            "reuse": self.reuse,
+            "radius": self.learned,
+        }
         states = {name: choice.state() for name, choice in choices.items() if choice is not None}
         return {**counters, **states, **self._keeper.state_dict()}
 
@@ -294,6 +303,7 @@ class SharpnessAware(StepLoop):
         self._keeper.load_state_dict(state)
         self._passed = None
         self._t, self.evaluations = state.get("t", 0), state.get("evaluations", 0)
+        self.perturbation.load_state(state.get("perturbation", {}))
         self.schedule.load_state(state.get("schedule", {}))
         if self.mask is not None:
             self.mask.load_state(state.get("mask", {}))

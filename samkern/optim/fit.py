@@ -193,7 +193,8 @@ def _check_parts(opt: StepLoop) -> None:
             raise ValueError(f"several closures, each with its own gradient, do not go with {reason}; pass one closure")
 
 
-def _check_is_itself(opt: StepLoop, what: str) -> None:
+def check_is_itself(opt: StepLoop, what: str) -> None:
+    """Raises ``TypeError`` of a wrapper that inherits our methods, and would keep what they set."""
     if not opt.is_itself:
         raise TypeError(
             f"{what} of {type(opt).__name__}, which wraps an optimizer of samkern but keeps no state for it: call it on what "
@@ -203,7 +204,7 @@ def _check_is_itself(opt: StepLoop, what: str) -> None:
 
 def check_halves(opt: StepLoop) -> None:
     """Raises ``RuntimeError`` if a step cannot be taken in two halves, after a first pass; ``TypeError`` of a wrapper."""
-    _check_is_itself(opt, "first_step()")
+    check_is_itself(opt, "first_step()")
     if opt.share_rng:
         raise RuntimeError("share_rng=True needs step(closure): first_step() comes after the first pass has drawn")
     if opt.perturbation.before_pass:
@@ -215,7 +216,7 @@ def check_halves(opt: StepLoop) -> None:
 
 def check_perturbed(opt: StepLoop) -> None:
     """Raises ``RuntimeError`` if the perturbation comes after a first pass; ``TypeError`` of a wrapper."""
-    _check_is_itself(opt, "perturbed()")
+    check_is_itself(opt, "perturbed()")
     if not opt.perturbation.before_pass:
         name = type(opt.perturbation).__name__
         raise RuntimeError(f"{name} climbs along a gradient, after a first pass: use first_step() and second_step()")

@@ -14,10 +14,10 @@ from ..options import Climb, ClimbGroup, Noise
 from .checks import at_least, at_least_int
 from .engine import SharpnessAware
 from .noisy_layers import NoisyForward, NoisyWeight, Scratch, enter
-from .perturbation import Perturbation
+from .perturbation import SeededNoise
 
 
-class MergedNoise(Perturbation):
+class MergedNoise(SeededNoise):
     """The only gradient of a step is taken where layers compute with ``W + scale B A + noise``; nothing is written.
 
     Row i of the noise has a standard deviation of ``sigma_t norm(row i of W + scale B A) / sqrt(d_in)``, so that it is
@@ -31,7 +31,8 @@ class MergedNoise(Perturbation):
         total_steps: of the training, >= 1. Later steps have s = 1.
         adapters: which; None: all that ``model`` has.
         draws: how many times a step calls a single closure, each time with another noise. Of several closures, each has one.
-        seed: of the noise, which goes by seed, step, draw and the place of an entry among all adapted weights.
+        seed: of the noise, >= 0; that of a checkpoint wins. Noise goes by seed, step, draw and the place of an entry among all
+            adapted weights.
         backend: that makes it; None: the fastest.
 
     Raises:
@@ -46,7 +47,6 @@ class MergedNoise(Perturbation):
     """
 
     radius = "sigma"
-    before_pass = True
     of_parameters = False
 
     def __init__(
@@ -62,9 +62,9 @@ class MergedNoise(Perturbation):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model= must be the module whose layers have the adapters, got {model!r}")
-        at_least_int("draws", draws, 1)
+        super().__init__(draws, seed)
         at_least_int("total_steps", total_steps, 1)  # type: ignore[arg-type]
-        self.draws, self.total_steps, self.seed, self.backend = draws, total_steps, seed, backend
+        self.total_steps, self.backend = total_steps, backend
         self.options = {"sigma": sigma}
         self.check(self.options)
         self._weights = adapted_weights(model) if adapters is None else named_weights(adapters, model)
@@ -121,10 +121,6 @@ class MergedNoise(Perturbation):
         there = {buffer.dtype for buffer in self.scratch}
         largest = max(x.weight.numel() for x in self._weights)
         return sum(largest * dtype.itemsize for dtype in {x.weight.dtype for x in self._weights} - there)
-
-    @property
-    def survives_half_precision(self) -> bool:
-        return True
 
 
 class FlatLoRA(SharpnessAware):

@@ -108,6 +108,13 @@ class PlanKeeper:
             self._bound_average = average
         return average.due()
 
+    def let_go_of_average(self, average: object) -> None:
+        """Neither we nor the plan hold its tensors any more."""
+        if self._bound_average is average and self._plan is not None:
+            for i in range(len(self.kept.params)):
+                self._plan.bind_average(i, None)
+            self._bound_average = None
+
     def restore(self) -> None:
         """Undoes a perturbation, if there is one."""
         if self._plan is not None:

@@ -540,7 +540,7 @@ class StepLoop(OptimizerAround):
         check, clip = self.nonfinite == "skip" or self._loss_scale.is_used, self.max_grad_norm or 0.0
         base = rule.base if rule else Base.NONE
         if record.had_gradients:
-            self._tell_companions(plan, check)
+            self._tell_companions(plan, check, record)
         averages = [x for x in self._averages() if record.had_gradients and x.due() is not None]
         within = averages.pop(0) if rule and averages else None
         average = None if within is None else self._keeper.bind_average(plan, within)
@@ -552,11 +552,18 @@ class StepLoop(OptimizerAround):
         for x in averages:
             x.add(parameters_of(self.base), record.was_skipped)
 
-    def _tell_companions(self, plan: TensorPlan, check: bool) -> None:
+    def _tell_companions(self, plan: TensorPlan, check: bool, record: StepRecord) -> None:
         if self.perturbation.before_pass and any(x.writes_weights for x in self._companions):
             plan.restore()  # gradients stay: they are those of the only pass
+        scaling = self._scaling
+        if record.looked and self._companions:  # a climb that is not finite skips the step as an overflow does
+            skipped = record.report[Report.SKIPPED_FIRST]
+            found = (
+                skipped if scaling.found_inf is None else torch.maximum(scaling.found_inf.squeeze().double(), skipped)
+            )
+            scaling = scaling._replace(found_inf=found)
         for companion in self._companions:
-            companion.before_update(parameters_of(self.base), self._scaling, check)
+            companion.before_update(parameters_of(self.base), scaling, check)
 
     def _averages(self) -> list[RunningAverage]:
         return [x for x in self._companions if isinstance(x, RunningAverage)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..lora import Adapter, all_factors
+from .around import name_in_groups
 from .engine import SharpnessAware
 from .flatlora import trained
 from .perturbation import Euclidean
@@ -17,7 +19,8 @@ from .perturbation import Euclidean
 class LoRASAM(SharpnessAware):
     """SAM that climbs in the factors A and B of adapters only, with one norm over all of them.
 
-    What else is trained (norms, heads) is updated and not perturbed: it comes in groups of its own with ``rho=0``.
+    What else is trained (norms, heads) is updated and not perturbed: it comes in groups of its own with ``rho=0`` (``sam_rho``
+    where the base has a ``rho``).
 
     Args:
         params_or_model: a model with LoRA layers, of ``peft`` or others (see ``samkern.lora``), of which all parameters that
@@ -59,14 +62,16 @@ class LoRASAM(SharpnessAware):
             found: Iterable[Any] = all_factors(model) if adapters is None and model is not None else adapters or ()
             factors = {p for f in found for p in (f.a, f.b)}
             if isinstance(base, Optimizer):
-                _quieten(base, factors)
+                _quieten(base, factors, name_in_groups("rho", base.defaults))
             else:
-                params = _parted(params, factors)
+                params = _parted(
+                    params, factors, name_in_groups("rho", inspect.signature(base).parameters if callable(base) else ())
+                )
         super().__init__(params, base, perturbation=Euclidean(rho), model=model, **options)
 
 
-def _parted(params: Any, factors: set[Tensor]) -> list[dict[str, Any]]:
-    """Groups of factors, and groups with ``rho=0`` of what else is there, in this order."""
+def _parted(params: Any, factors: set[Tensor], radius: str) -> list[dict[str, Any]]:
+    """Groups of factors, and groups with ``radius`` 0 of what else is there, in this order."""
     given: list[Any] = [params] if isinstance(params, Tensor) else list(params)
     groups: list[dict[str, Any]] = given if given and isinstance(given[0], dict) else [{"params": given}]
     parted, others = [], []
@@ -75,14 +80,14 @@ def _parted(params: Any, factors: set[Tensor]) -> list[dict[str, Any]]:
         ours = [p for p in members if _tensor(p) in factors]
         rest = [p for p in members if _tensor(p) not in factors]
         parted += [{**group, "params": ours}] if ours else []
-        others += [{**group, "params": rest, "rho": 0.0}] if rest else []
+        others += [{**group, "params": rest, radius: 0.0}] if rest else []
     if not parted:
         _refuse()
     return parted + others
 
 
-def _quieten(base: Optimizer, factors: set[Tensor]) -> None:
-    """Sets ``rho = 0`` for the groups of ``base`` that have no factors."""
+def _quieten(base: Optimizer, factors: set[Tensor], radius: str) -> None:
+    """Sets ``radius`` to 0 for the groups of ``base`` that have no factors."""
     shares = [[p in factors for p in group["params"]] for group in base.param_groups]
     if not any(map(any, shares)):
         _refuse()
@@ -91,7 +96,7 @@ def _quieten(base: Optimizer, factors: set[Tensor]) -> None:
             raise ValueError(f"group {i} of the base has factors and other parameters: make two groups of them")
     for group, share in zip(base.param_groups, shares, strict=True):
         if not any(share):
-            group["rho"] = 0.0
+            group[radius] = 0.0
 
 
 def _refuse() -> None:

@@ -62,6 +62,13 @@ class Perturbation(ABC):
         """How ``group`` is perturbed, if ``climb()`` does not tell."""
         return ""
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs of it."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most have none
+        """Takes ``state()`` back."""
+
     def held(self) -> Sequence[Tensor]:
         """What it keeps in memory between steps."""
         return ()
@@ -224,7 +231,28 @@ class Momentum(Perturbation):
         return self._how.survives_half_precision
 
 
-class Gaussian(Perturbation):
+class SeededNoise(Perturbation):
+    """What noise has in common: a seed, of which a checkpoint takes its own along."""
+
+    before_pass = True
+
+    def __init__(self, draws: int, seed: int) -> None:
+        at_least_int("draws", draws, 1)
+        at_least_int("seed", seed, 0)
+        self.draws, self.seed = draws, seed
+
+    def state(self) -> dict[str, Any]:
+        return {"seed": self.seed}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.seed = state.get("seed", self.seed)
+
+    @property
+    def survives_half_precision(self) -> bool:
+        return True
+
+
+class Gaussian(SeededNoise):
     """LPF-SGD: the only gradient of a step is taken at ``w + tau``, tau normal with a standard deviation of ``std_t n``.
 
     ``std_t = std (1 + (inc - 1) (1 - cos(pi s)) / 2)`` with the progress ``s = min(t / total_steps, 1)`` grows from ``std`` to
@@ -238,8 +266,8 @@ class Gaussian(Perturbation):
         total_steps: for ``inc != 1``, >= 1. Later steps have s = 1.
         scale: n is the norm of each dim-0 slice, of a tensor of fewer than two dimensions as a whole ("filter"), or of each
             tensor ("tensor").
-        seed: the noise is of Philox words of seed, step, draw and place of an entry: the same on every backend and rank, and
-            after a resume, and torch's global generators are left alone. It is never stored.
+        seed: >= 0; that of a checkpoint wins. The noise is of Philox words of seed, step, draw and place of an entry: the same
+            on every backend and rank, and after a resume, and torch's global generators are left alone. It is never stored.
 
     Bisla et al., AISTATS 2022, https://arxiv.org/abs/2201.08025.
 
@@ -248,7 +276,6 @@ class Gaussian(Perturbation):
     """
 
     radius = "std"
-    before_pass = True
     _CLIMBS = {"filter": Climb.NOISE_FILTER, "tensor": Climb.NOISE_TENSOR}
 
     def __init__(
@@ -260,10 +287,10 @@ class Gaussian(Perturbation):
         scale: str = "filter",
         seed: int = 0,
     ) -> None:
-        at_least_int("draws", draws, 1)
+        super().__init__(draws, seed)
         if total_steps is not None or inc != 1:
             at_least_int("total_steps", total_steps, 1)  # type: ignore[arg-type]
-        self.draws, self.total_steps, self.seed = draws, total_steps, seed
+        self.total_steps = total_steps
         self.options = {"std": std, "inc": inc, "scale": scale}
         self.check(self.options)
 
@@ -284,7 +311,3 @@ class Gaussian(Perturbation):
 
     def noise(self, t: int, draw: int) -> Noise:
         return Noise(self.seed, t, draw)
-
-    @property
-    def survives_half_precision(self) -> bool:
-        return True

@@ -140,6 +140,12 @@ class SWAD(WeightAverage):
         # A parameter that was added since has none there.
         return [like(x, p) if (x := latest.averages.get(p)) is not None else p.detach() for p in self._parameters()]
 
+    def _averages_by_parameter(self) -> Mapping[Tensor, Tensor]:
+        latest = self._latest()
+        return (
+            super()._averages_by_parameter() if latest is None else {p: like(x, p) for p, x in latest.averages.items()}
+        )
+
     def _latest(self) -> Segment | None:
         return self._valley or (self._waiting[-1] if self._waiting else None)
 
@@ -157,7 +163,7 @@ class SWAD(WeightAverage):
             ValueError: a negative loss, of which the threshold would be no multiple: add a constant.
             RuntimeError: the averages are swapped in: the loss is that of the weights.
         """
-        self._require_out("validate()")
+        self.require_out("validate()")
         loss = float(loss)
         if loss < 0:
             raise ValueError(

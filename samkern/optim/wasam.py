@@ -77,7 +77,10 @@ class WASAM(SAM):
         return {**super().own_state(), "average": state.pop("averages"), "averaging": state}
 
     def check_own_state(self, state: Mapping[str, Any]) -> None:
-        """Raises ``ValueError`` if our part of a checkpoint is of other parameters or in another format."""
+        """Raises ``ValueError`` if our part of a checkpoint is of other parameters or in another format; ``RuntimeError`` while
+        the average is swapped in.
+        """
+        self.average.require_out("load_state_dict()")
         super().check_own_state(state)
         if "averaging" in state:
             self.average.check_state_dict(_of_average(state))
@@ -91,6 +94,7 @@ class WASAM(SAM):
             self.average.restart(self.steps)
 
     def __getstate__(self) -> dict[str, Any]:
+        self.average.require_out("copying or pickling")
         return {**super().__getstate__(), "_average_state": self.average.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
