@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 import samkern
 from samkern import SampleLosses
 from samkern.backends import resolve
+from samkern.undisturbed import unchanged_buffers
 
 from . import cifar, nets
 from .atomic_save import atomic_save
@@ -30,8 +31,9 @@ TEST_BATCH = 1000
 
 
 def methods() -> dict[str, type[Optimizer]]:
-    """Plain SGD, and every method that samkern exports, by lower-cased name."""
-    exported = {name: getattr(samkern, name) for name in samkern.__all__ if name != "SharpnessAware"}
+    """Plain SGD, and every method that samkern exports and that needs no adapters, by lower-cased name."""
+    others = ("SharpnessAware", "FlatLoRA", "LoRASAM")
+    exported = {name: getattr(samkern, name) for name in samkern.__all__ if name not in others}
     ours = {
         name.lower(): value
         for name, value in exported.items()
@@ -161,7 +163,7 @@ class Run:
             step.end = clock.now()
             self.schedule.step()
             loss_sum += loss.detach()
-            n_right += (answers[0].argmax(1) == y).sum()  # before any climb, but MSAM's
+            n_right += (answers[0].argmax(1) == y).sum()  # before any climb, but that of methods with one pass
         train_loss = loss_sum.item() / self.setting.steps_per_epoch
         self.seconds += time.perf_counter() - start
         self.pairs += sum(len(step.pairs) for step in clock.steps)
@@ -233,9 +235,20 @@ class Run:
         """bfloat16 autocast on a GPU; on the CPU float32, which is faster there."""
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
 
-    @torch.no_grad()
     def test(self) -> float:
-        """Share of right answers on the test images, in per cent."""
+        """Share of right answers on the test images, in per cent: of the average, if the method has begun one."""
+        average = getattr(self.opt, "average", None)
+        noisy = isinstance(self.opt, samkern.LPFSGD)
+        if not noisy and (average is None or average.n_averaged == 0):
+            return self._test()
+        with unchanged_buffers(self.net) if average is None else average.swapped(self.net), self.precision():
+            # Statistics of BatchNorm are those of other weights: of some thousand images they are good enough.
+            images = torch.split(self.data.train_x[: 50 * self.setting.batch], self.setting.batch)
+            samkern.update_bn(self.net, map(self.data.normalised, images))
+            return self._test()
+
+    @torch.no_grad()
+    def _test(self) -> float:
         self.net.eval()
         n_right = torch.zeros((), dtype=torch.int64, device=self.device)
         parts = zip(self.data.test_x.split(TEST_BATCH), self.data.test_y.split(TEST_BATCH), strict=True)

@@ -738,3 +738,15 @@ def test_each_base_of_the_list_averages():
         swa = samkern.SWA(opt)
         snapshots = train_watched(net, opt, lambda t: True, 4, FP64)
         assert_close(swa.averages, averaging.mean(snapshots), rtol=1e-12)
+
+
+def test_a_graph_repeats_its_decision():
+    """So an average of some steps only is refused; one of all is not."""
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = samkern.SAM([p], torch.optim.SGD, lr=0.1, capturable=True)
+    for average in (lambda: samkern.SWA(opt, start=2), lambda: samkern.EMA(opt, every=2)):
+        with pytest.raises(ValueError, match="capturable=True does not go with"):
+            average()
+    assert opt.companions == ()
+    samkern.EMA(opt)
+    assert len(opt.companions) == 1

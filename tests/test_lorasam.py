@@ -140,3 +140,12 @@ def test_what_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             samkern.LoRASAM(given, SGD, lr=0.1, **options)
+
+
+def test_a_head_that_comes_later_is_not_perturbed():
+    """As what is no factor from the start; with a radius of its own it is."""
+    a, b, head, other = (torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 4), (3, 2), (5,), (6,)))
+    opt = samkern.LoRASAM([a, b], torch.optim.SGD, lr=0.1, adapters=[samkern.Adapter(torch.zeros(3, 4), a, b)])
+    opt.add_param_group({"params": head})
+    opt.add_param_group({"params": [other], "rho": 0.2})
+    assert [group["rho"] for group in opt.param_groups] == [0.05, 0.0, 0.2]

@@ -289,6 +289,8 @@ class TritonPlan(ReferencePlan):
         scaling: Scaling = UNSCALED,
         average: AverageOptions | None = None,
     ) -> None:
+        if average is not None and base == Base.NONE:
+            raise ValueError("an update takes weights into averages only with a fused base")
         tables, n_groups = self._tables if looked else self._plain_tables(), max(self._group) + 1
         form = form_of_update(
             *(base, mix, looked, check, max_grad_norm > 0, scaling),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from .companion import RunningAverage, within_wrappers
 from .eager import eager
 from .engine import SharpnessAware
 from .keeper import parameters_of
+
+if TYPE_CHECKING:
+    from .loop import StepLoop
 
 
 class WeightAverage(RunningAverage):
@@ -75,6 +78,14 @@ class WeightAverage(RunningAverage):
                 optimizer.register_step_pre_hook(lambda *_: self.before_step()),
                 optimizer.register_step_post_hook(lambda *_: self._after_step()),
             ]
+
+    def check(self, opt: StepLoop) -> None:
+        """Raises ``ValueError`` if ``opt`` is for graphs, and only some steps are taken in."""
+        if opt.capturable and (self._start > 0 or self._every > 1):
+            raise ValueError(
+                f"capturable=True does not go with {type(self).__name__}(start={self._start}, every={self._every}): a graph "
+                "takes its weights in in every replay, or in none; attach it when it shall begin, with every=1"
+            )
 
     def detach(self) -> None:
         """Further steps of the optimizer are not taken in. What has been can still be used."""

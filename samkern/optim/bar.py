@@ -152,7 +152,8 @@ class BAR(Companion):
         if not opt.perturbation.before_pass:
             name = type(opt.perturbation).__name__
             raise ValueError(
-                f"BAR stands for the second pass that {name} takes: attach it to the plain base, or to FlatLoRA, LPFSGD or MSAM"
+                f"BAR stands for the second pass that {name} takes: use it in place of that, with an optimizer of torch.optim, "
+                "FlatLoRA, LPFSGD or MSAM"
             )
         if opt.capturable:
             raise ValueError("BAR does not go with capturable=True: a graph would repeat one kappa")

@@ -58,6 +58,7 @@ class LoRASAM(SharpnessAware):
         **options: Any,
     ) -> None:
         params, model = trained(params_or_model, base, model)
+        factors: set[Tensor] | None = None
         if adapters is not None or model is not None:
             found: Iterable[Any] = all_factors(model) if adapters is None and model is not None else adapters or ()
             factors = {p for f in found for p in (f.a, f.b)}
@@ -68,6 +69,15 @@ class LoRASAM(SharpnessAware):
                     params, factors, name_in_groups("rho", inspect.signature(base).parameters if callable(base) else ())
                 )
         super().__init__(params, base, perturbation=Euclidean(rho), model=model, **options)
+        self._factors = factors  # None: all parameters are
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch. Without factors, and without a ``rho`` of its own, the group is not perturbed."""
+        members = param_group["params"]
+        members = [members] if isinstance(members, Tensor) else list(members)
+        if self._factors is not None and not any(_tensor(p) in self._factors for p in members):
+            param_group.setdefault(self.key("rho"), 0.0)
+        super().add_param_group({**param_group, "params": members})
 
 
 def _parted(params: Any, factors: set[Tensor], radius: str) -> list[dict[str, Any]]:
