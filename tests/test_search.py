@@ -54,3 +54,25 @@ def test_the_table_is_sorted():
     lines = search.table([row("A", 1, 50.0), row("B", 1, 55.0), row("B", 2, 57.0)]).splitlines()
     assert lines[2].split() == ["56.00", "+-", "1.00", "60.0", "1.50", "2", "40", "B", "k=2"]
     assert lines[3].endswith("A k=2")
+
+
+@pytest.mark.parametrize("method", ["LPFSGD", "SGD, averaged", "WASAM", "SAF", "MESA"])
+def test_what_a_method_is_judged_by(method):
+    """An average of the weights, if it has one, with statistics of BatchNorm of its own; afterwards the net is as it was."""
+    candidate = next(c for c in search.candidates() if c.method == method)
+    net = study.make_net(0)
+    fit = study.Fit(study.Entry("", candidate.make, **candidate.rest), net, study.load(0.0, 0), 7, 0)
+    *_, pairs = fit.run()
+    assert pairs == fit.kinds.total() * (2 if method == "WASAM" else 1)
+    before = {name: x.clone() for name, x in net.state_dict().items()}
+    with fit.tested():
+        moved = {name for name, x in net.state_dict().items() if not torch.equal(x, before[name])}
+    assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
+    weights = {name for name, _ in net.named_parameters()}
+    if method in ("SAF", "MESA"):
+        assert moved == set()
+        assert fit._loss.is_active
+    else:
+        assert moved >= {name for name in before if "running" in name}
+        assert (moved & weights == weights) == (method != "LPFSGD")
+        assert (moved & weights == set()) == (method == "LPFSGD")
