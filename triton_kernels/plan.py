@@ -432,7 +432,7 @@ class TritonPlan(ReferencePlan):
         taken = average.taken
         if taken.dtype != torch.int64 or taken.numel() != 1 or taken.device != self._device:
             raise ValueError(
-                f"taken must be int64 with one entry on {self._device}, "
+                f"taken must be an int64 tensor of one entry on {self._device}, "
                 f"got {taken.dtype} {tuple(taken.shape)} on {taken.device}"
             )
         return taken

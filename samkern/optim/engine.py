@@ -282,8 +282,9 @@ class SharpnessAware(StepLoop):
     def own_state(self) -> dict[str, Any]:
         """Our part of a checkpoint: counters, seeds, caches, masks."""
         counters = {"version": 1, "t": self._t, "evaluations": self.evaluations}
+        # Most perturbations have nothing to keep.
         choices = {
-            "perturbation": self.perturbation,
+            "perturbation": self.perturbation if self.perturbation.state() else None,
             "mask": self.mask,
             "schedule": self.schedule,
             "reuse": self.reuse,
