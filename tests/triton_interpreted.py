@@ -749,5 +749,7 @@ def test_an_update_takes_its_weights_into_averages(base, rule, dtypes, n):
 
 
 def test_what_counts_averages_is_checked():
-    with pytest.raises(ValueError, match=r"taken must be an int64 tensor of one entry on cpu, got torch.float32 \(1,\) on cpu"):
+    with pytest.raises(
+        ValueError, match=r"taken must be an int64 tensor of one entry on cpu, got torch.float32 \(1,\) on cpu"
+    ):
         Steps(Base.SGD).step(0, [ClimbGroup(Climb.SIGN, 0.1)], [BaseGroup(0.1)], average=AverageOptions(torch.ones(1)))
