@@ -4,7 +4,7 @@ import warnings
 
 __version__ = "0.1.0"
 
-from . import fisher, history, ops, optim, sharpness
+from . import fisher, history, landscape, ops, optim, sharpness
 from .archive import LogitArchive
 from .backends import NotBuiltError, backends, info, native, use_backend
 from .batchnorm import frozen_running_stats
@@ -81,6 +81,7 @@ __all__ = [
     "frozen_running_stats",
     "history",
     "info",
+    "landscape",
     "ops",
     "optim",
     "sharpness",

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -29,16 +29,15 @@ from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_map
 
 from . import ops
+from .progress import progress_bar
 from .reference import math_dtype
 from .samples import DrawnSamples
 from .shards import in_place_of, is_sharded, row_major_zeros
 from .tensors import check_parameters
-from .undisturbed import random_numbers, undisturbed
+from .undisturbed import random_numbers, undisturbed, unwrapped
 
 Gradients = list[Tensor | None]
 Samples = Generator[Sequence[Tensor | None], None, None]
-
-BAR_AFTER = 2.0  # seconds
 
 
 class SampleLosses:
@@ -90,7 +89,7 @@ class SampleLosses:
         self.memory_budget = memory_budget
         self.progress = progress
         self._samples = DrawnSamples(dataset, num_samples, seed)
-        self._loss = _LossOfBatch(_unwrapped(model), loss_fn)
+        self._loss = _LossOfBatch(unwrapped(model), loss_fn)
         self._why_one_by_one = ""
         self._has_warned = False
 
@@ -131,7 +130,7 @@ class SampleLosses:
         n = len(self) if num_samples is None else min(num_samples, len(self))
         n_at_once = self._plan(weights) if n > 1 else 1
         done = 0
-        with _bar(n, self.progress) as advance:
+        with progress_bar(n, "Fisher", "sample", self.progress) as advance:
             while done < n:
                 c = min(n_at_once, n - done)
                 try:
@@ -436,28 +435,5 @@ class _Weights:
         return found
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module that computes. A reducer must not wait for gradients that never come, nor a compiler meet ``vmap``."""
-    model = getattr(model, "_orig_mod", model)
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        inner: nn.Module = model.module
-        return _unwrapped(inner)
-    return model
-
-
 def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
-
-
-@contextmanager
-def _bar(n: int, progress: bool | None) -> Iterator[Callable[[int], object]]:
-    if progress is False:
-        yield lambda c: None
-        return
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield lambda c: None
-        return
-    with tqdm(total=n, desc="Fisher", unit="sample", leave=False, delay=0 if progress else BAR_AFTER) as bar:
-        yield bar.update

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .archive import LogitArchive
 from .optim.averaging import WeightAverage
-from .undisturbed import evaluating
+from .undisturbed import evaluating, unwrapped
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -194,7 +194,7 @@ class MESALoss(_TrajectoryLoss):
     @torch.no_grad()
     def teacher(self, *inputs: Any, **named: Any) -> Tensor:
         """The answers of the average: in evaluation mode, without a gradient. Before the first average those of the weights."""
-        model = _unwrapped(self.model)
+        model = unwrapped(self.model)
         weights = self.ema.weights_of(model)
         with evaluating(model):
             answer = torch.func.functional_call(model, weights, inputs, named)
@@ -255,14 +255,3 @@ def _divergence(past: Tensor, logits: Tensor, tau: float) -> Tensor:
     p = functional.log_softmax(past.to(dtype) / tau, 1)
     q = functional.log_softmax(logits.to(dtype) / tau, 1)
     return functional.kl_div(q, p, reduction="none", log_target=True).sum(1)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module within those of ``torch.compile`` and ``DistributedDataParallel``, which gradients are the business of."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner

@@ -59,6 +59,11 @@ def noise_words(q: Tensor, t: int, draw: int, seed: int) -> Tensor:
     return words(q & _LOW, q >> 32, t, draw * 256 + 1, seed)
 
 
+def measure_words(q: Tensor, draw: int, seed: int) -> Tensor:
+    """The same for what measures and landscapes draw, which is independent of all training."""
+    return words(q & _LOW, q >> 32, draw, 3, seed)
+
+
 def growth_keys(n: int, t: int, seed: int, device: torch.device | None = None) -> Tensor:
     """The random keys of ``n`` entries of a list by which step ``t`` grows a mask: int64, 32 bits each."""
     q = torch.arange((n + 3) // 4, dtype=torch.int64, device=device)

@@ -33,11 +33,18 @@ def normals(n: int, t: int, draw: int = 0, seed: int = 0, first: int = 0, device
     """
     begin, end = first // 4, (first + n + 3) // 4
     q = torch.arange(begin, end, dtype=torch.int64, device=device)
-    words = noise_words(q, t, draw, seed)
+    return normals_from(noise_words(q, t, draw, seed))[first - 4 * begin :][:n]
+
+
+def normals_from(words: Tensor) -> Tensor:
+    """As many normal numbers as there are words, int64 of shape (n, 4): float32 of shape (4 n,).
+
+    >>> samkern.reference_noise.normals_from(samkern.philox.noise_words(torch.arange(1), t=0, draw=0, seed=0))
+    tensor([ 1.6512,  0.8456, -0.1021, -0.1156])
+    """
     length = _length(words[:, 0::2])
     cosine, sine = _turn(words[:, 1::2])
-    z = torch.stack([length * cosine, length * sine], -1)
-    return z.flatten()[first - 4 * begin :][:n]
+    return torch.stack([length * cosine, length * sine], -1).flatten()
 
 
 def _length(word: Tensor) -> Tensor:

@@ -61,6 +61,20 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             m.training = True
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that computes, within those of ``torch.compile`` and data parallel training.
+
+    On the side, a reducer must not wait for gradients that never come, nor a compiler meet ``torch.func``.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
 def _keeps_statistics(module: nn.Module) -> bool:
     return (isinstance(module, _NormBase) and module.track_running_stats) or has_running_stats(module)
 

@@ -37,7 +37,7 @@ def test_examples_in_docstrings(name, tmp_path, monkeypatch):
 
 
 def public_objects():
-    for owner in (samkern, samkern.history, samkern.optim, samkern.sharpness):
+    for owner in (samkern, samkern.history, samkern.landscape, samkern.optim, samkern.sharpness):
         for name in owner.__all__:
             yield f"{owner.__name__}.{name}", getattr(owner, name)
     for name, value in inspect.getmembers(samkern.ops, inspect.isfunction):
@@ -183,8 +183,10 @@ ARROWS = {  # a module may import from the left of itself only
     "plan": {"backends", "bitmask", "options", "reference_plan", "sharded_plan", "shards"},
     "ops": {"backends", "bitmask", "reference", "reference_masks", "reference_noise", "shards", "tensors"},
     "undisturbed": {"batchnorm", "tensors"},
+    "extras": set(),
+    "progress": set(),
     "samples": {"undisturbed"},
-    "fisher": {"ops", "reference", "samples", "shards", "tensors", "undisturbed"},
+    "fisher": {"ops", "progress", "reference", "samples", "shards", "tensors", "undisturbed"},
     "optim": {
         *("backends", "batchnorm", "bitmask", "fisher", "lora", "ops", "options", "philox", "plan", "reference"),
         *("sharded_plan", "sharded_select", "shards", "tensors", "undisturbed"),
@@ -194,8 +196,13 @@ ARROWS = {  # a module may import from the left of itself only
     "losses": {"archive", "optim", "undisturbed"},
     "reestimate": {"optim"},
     "integrations": {"optim", "shards"},
-    "sharpness": set(),
-    "demo": {"backends", "fisher", "losses", "optim", "reestimate", "sharpness", "undisturbed"},
+    "sharpness": {"ops", "philox", "progress", "reference", "reference_noise", "shards", "undisturbed"},
+    "landscape": {"extras", "progress", "reestimate", "sharpness", "undisturbed"},
+    "reporting": {"backends", "extras", "history", "landscape", "sharpness"},
+    "demo": {
+        *("backends", "fisher", "history", "landscape", "losses", "optim", "reestimate", "reporting", "sharpness"),
+        "undisturbed",
+    },
 }
 
 

@@ -1,0 +1,1 @@
+"""Run folders, and one HTML page that compares the runs in them."""
