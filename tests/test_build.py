@@ -128,7 +128,17 @@ def test_installing_without_the_extension(tmp_path):
     result = run(*pip, cwd=source, SAMKERN_BUILD="0", CXX="/nowhere/g++")
     assert result.returncode == 0, result.stderr
     installed = {str(path.relative_to(target / "samkern").parent) for path in (target / "samkern").rglob("*.py")}
-    assert installed == {".", "demo", "integrations", "ops", "optim", "sharpness", "triton_kernels"}
+    assert installed == {
+        ".",
+        "demo",
+        "integrations",
+        "ops",
+        "optim",
+        "landscape",
+        "reporting",
+        "sharpness",
+        "triton_kernels",
+    }
     assert not list(target.rglob("*.so"))
     result = python(TRAIN, cwd=tmp_path, PYTHONPATH=str(target))
     assert result.stdout.startswith(f"True {target}"), result.stderr
