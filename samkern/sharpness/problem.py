@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -55,9 +55,13 @@ class Problem:
 
     def outputs(self, weights: Weights, batch: Batch) -> Any:
         """The model's answer, with a graph if weights require a gradient."""
+        return self.outputs_with(dict(zip(self.names, weights, strict=True)), batch)
+
+    def outputs_with(self, tensors: Mapping[str, Tensor], batch: Batch) -> Any:
+        """The same with any parameters and buffers in place of the model's own, by their names."""
         # What a model draws is the same at every evaluation: else a landscape would be noise.
         with random_numbers(self.seed, self.device):
-            return functional_call(self.model, dict(zip(self.names, weights, strict=True)), (batch.x,))
+            return functional_call(self.model, dict(tensors), (batch.x,))
 
     def loss_of(self, weights: Weights, batch: Batch) -> Tensor:
         """The mean loss of a batch, 0-d, with a graph if weights require a gradient.
@@ -65,7 +69,11 @@ class Problem:
         Raises:
             TypeError, ValueError: ``loss_fn`` returned something else.
         """
-        loss = self.loss_fn(self.outputs(weights, batch), batch.y)
+        return self.loss_from(self.outputs(weights, batch), batch)
+
+    def loss_from(self, outputs: Any, batch: Batch) -> Tensor:
+        """The same from the model's answer."""
+        loss = self.loss_fn(outputs, batch.y)
         if not isinstance(loss, Tensor):
             raise TypeError(
                 f"loss_fn must return a tensor, got {type(loss).__name__}; return the loss, not its .item()"
