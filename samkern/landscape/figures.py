@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -192,11 +193,15 @@ def _contours(chart: Figure, x: Landscape, log: bool | None) -> None:
     masked = np.ma.masked_invalid(x.loss.T)
     levels, logarithmic = levels_of(x.loss, log)
     if masked.count() and masked.min() < masked.max() and min(masked.shape) > 1:
-        norm = _norm(float(masked.min()), float(masked.max()), logarithmic)
-        edges = sorted({float(masked.min()), *levels, float(masked.max())})
-        axes.contourf(x.a, x.b, masked, levels=edges, cmap=_light_colors(), norm=norm)
-        lines = axes.contour(x.a, x.b, masked, levels=levels, colors="0.2", linewidths=0.8)
-        texts = axes.clabel(lines, fmt=_plain_numbers, fontsize=FONT - 1, inline=True, inline_spacing=3)
+        # Between the points, contours are found on straight lines: of logarithms, where it is these that are shown.
+        height = np.ma.log10(masked) if logarithmic else masked
+        low, high = float(height.min()), float(height.max())
+        places = [math.log10(v) if logarithmic else v for v in levels]
+        norm = needed("matplotlib.colors", "figures").Normalize(low, high)
+        axes.contourf(x.a, x.b, height, levels=sorted({low, *places, high}), cmap=_light_colors(), norm=norm)
+        lines = axes.contour(x.a, x.b, height, levels=places, colors="0.2", linewidths=0.8, linestyles="solid")
+        names = dict(zip(lines.levels, map(short, levels), strict=True))
+        texts = axes.clabel(lines, fmt=names, fontsize=FONT - 1, inline=True, inline_spacing=3)
         _halo(texts)
     else:
         axes.text(0.5, 0.5, "nothing to draw yet", transform=axes.transAxes, ha="center", fontsize=FONT)
@@ -295,10 +300,14 @@ def _surface(chart: Figure, x: Landscape, log: bool | None) -> None:
         levels = levels[::2]
     axes.set_zticks([math.log10(v) if logarithmic else v for v in levels], [short(v) for v in levels])
     _name_axes(axes, x)
+    axes.set_xlabel(textwrap.fill(x.labels[0], 32), fontsize=FONT, labelpad=10)
+    axes.set_ylabel(textwrap.fill(x.labels[1], 32), fontsize=FONT, labelpad=10)
+    axes.locator_params(axis="x", nbins=5)
+    axes.locator_params(axis="y", nbins=5)
     axes.set_zlabel("loss", fontsize=FONT)
     axes.set_title(_what(x, logarithmic), fontsize=FONT + 1)
     axes.view_init(elev=32, azim=-58)
-    axes.set_box_aspect(None, zoom=0.88)  # or the label of the z axis is cut off
+    axes.set_box_aspect(None, zoom=0.82)  # or labels are cut off
 
 
 def _light_colors() -> Any:
@@ -306,8 +315,3 @@ def _light_colors() -> Any:
     np = needed("numpy", "landscapes")
     colors = needed("matplotlib", "figures").colormaps[COLORMAP]
     return needed("matplotlib.colors", "figures").ListedColormap(colors(np.linspace(0.0, 0.72, 256)), "landscape")
-
-
-def _norm(low: float, high: float, logarithmic: bool) -> Any:
-    colors = needed("matplotlib.colors", "figures")
-    return colors.LogNorm(low, high) if logarithmic else colors.Normalize(low, high)

@@ -10,7 +10,7 @@ from ..extras import needed
 from .figures import COLORS, PATH_COLOR, is_logarithmic, levels_of, name_of, short
 from .result import Landscape
 
-COLORSCALE = "YlGnBu_r"  # the highest loss is darkest, as in print
+LIFT = 0.02  # of the path above the surface, as a share of its height: else it is half hidden in it
 FONT = 14  # pixels
 
 
@@ -44,7 +44,7 @@ def plotly_figure(landscape: Landscape, *, log: bool | None = None) -> Any:
         _surface(chart, objects, landscape, logarithmic)
     chart.update_layout(
         template="plotly_white",
-        title={"text": name_of(landscape), "x": 0.5},
+        title={"text": _escaped(name_of(landscape)), "x": 0.5},
         font={"size": FONT},
         margin={"l": 60, "r": 30, "t": 70, "b": 60},
         hovermode="closest",
@@ -64,6 +64,12 @@ def write_page(landscape: Landscape, path: str | os.PathLike[str]) -> Path:
     unfinished.write_text(page, encoding="utf-8")
     unfinished.replace(path)
     return path
+
+
+def _colors() -> list[str]:
+    """Those of print: the highest loss is darkest."""
+    colors: list[str] = needed("plotly.colors", "interactive landscapes").sequential.YlGnBu[:7]
+    return colors
 
 
 def _escaped(text: str) -> str:
@@ -99,7 +105,13 @@ def _curves(chart: Any, objects: Any, x: Landscape, logarithmic: bool) -> None:
             )
         )
         chart.update_layout(
-            yaxis2={"title": {"text": "accuracy (%)"}, "overlaying": "y", "side": "right", "showgrid": False}
+            yaxis2={
+                "title": {"text": "accuracy (%)"},
+                "overlaying": "y",
+                "side": "right",
+                "showgrid": False,
+                "tickmode": "auto",
+            }
         )
 
 
@@ -111,10 +123,9 @@ def _surface(chart: Any, objects: Any, x: Landscape, logarithmic: bool) -> None:
     levels = levels_of(x.loss, logarithmic)[0]
     places = [float(np.log10(v)) if logarithmic else v for v in levels]
     accuracy = None if x.accuracy is None else x.accuracy.T
-    words = _words(loss, accuracy)
+    words = _words(x, loss, accuracy)
     bar = {"title": {"text": "loss"}, "tickvals": places, "ticktext": [short(v) for v in levels], "thickness": 14}
-    hover = "a %{x:.3g}, b %{y:.3g}<br>%{text}<extra></extra>"
-    common: dict[str, Any] = {"x": x.a, "y": x.b, "text": words, "hovertemplate": hover, "colorscale": COLORSCALE}
+    common: dict[str, Any] = {"x": x.a, "y": x.b, "text": words, "hoverinfo": "text", "colorscale": _colors()}
     step = places[1] - places[0] if len(places) > 1 else 1.0
     rings = {
         "show": True,
@@ -151,7 +162,11 @@ def _surface(chart: Any, objects: Any, x: Landscape, logarithmic: bool) -> None:
     if x.path is not None and x.path_loss is not None:
         style["text"] = _path_words(x)
         marker = {"color": PATH_COLOR, "size": 4, "line": {"color": "black", "width": 1}}
-        chart.add_trace(objects.Scatter3d(x=x.path[:, 0], y=x.path[:, 1], z=x.path_loss, marker=marker, **style))
+        chart.add_trace(
+            objects.Scatter3d(
+                x=x.path[:, 0], y=x.path[:, 1], z=_lifted(x.path_loss, loss, logarithmic), marker=marker, **style
+            )
+        )
         in_space.append(True)
     else:
         style["text"] = ["weights"] * len(flat_path)
@@ -195,14 +210,20 @@ def _button(label: str, visible: list[bool], flat: bool) -> dict[str, Any]:
     return {"label": label, "method": "update", "args": [{"visible": visible}, layout]}
 
 
-def _words(loss: Any, accuracy: Any) -> list[list[str]]:
-    return [
-        [
-            f"loss {loss[j, i]:.4g}" + ("" if accuracy is None else f"<br>accuracy {accuracy[j, i]:.2f} %")
-            for i in range(loss.shape[1])
-        ]
-        for j in range(loss.shape[0])
-    ]
+def _lifted(path_loss: Any, loss: Any, logarithmic: bool) -> Any:
+    np = needed("numpy", "landscapes")
+    low, high = np.nanmin(loss), np.nanmax(loss)
+    return path_loss * (high / low) ** LIFT if logarithmic else path_loss + LIFT * (high - low)
+
+
+def _words(x: Landscape, loss: Any, accuracy: Any) -> list[list[str]]:
+    assert x.b is not None
+
+    def at(i: int, j: int) -> str:
+        more = "" if accuracy is None else f"<br>accuracy {accuracy[j, i]:.2f} %"
+        return f"a {x.a[i]:.3g}, b {x.b[j]:.3g}<br>loss {loss[j, i]:.4g}{more}"  # type: ignore[index]
+
+    return [[at(i, j) for i in range(loss.shape[1])] for j in range(loss.shape[0])]
 
 
 def _path_words(x: Landscape) -> list[str]:
