@@ -197,7 +197,7 @@ ARROWS = {  # a module may import from the left of itself only
     "reestimate": {"optim"},
     "integrations": {"optim", "shards"},
     "sharpness": {"ops", "philox", "progress", "reference", "reference_noise", "shards", "undisturbed"},
-    "landscape": {"extras", "progress", "reestimate", "sharpness", "undisturbed"},
+    "landscape": {"extras", "progress", "reestimate", "reference", "sharpness", "undisturbed"},
     "reporting": {"backends", "extras", "history", "landscape", "sharpness"},
     "demo": {
         *("backends", "fisher", "history", "landscape", "losses", "optim", "reestimate", "reporting", "sharpness"),

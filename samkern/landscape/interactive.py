@@ -123,7 +123,7 @@ def _surface(chart: Any, objects: Any, x: Landscape, logarithmic: bool) -> None:
     levels = levels_of(x.loss, logarithmic)[0]
     places = [float(np.log10(v)) if logarithmic else v for v in levels]
     accuracy = None if x.accuracy is None else x.accuracy.T
-    words = _words(x, loss, accuracy)
+    words = np.array(_words(x, loss, accuracy))
     bar = {"title": {"text": "loss"}, "tickvals": places, "ticktext": [short(v) for v in levels], "thickness": 14}
     common: dict[str, Any] = {"x": x.a, "y": x.b, "text": words, "hoverinfo": "text", "colorscale": _colors()}
     step = places[1] - places[0] if len(places) > 1 else 1.0
@@ -205,7 +205,12 @@ def _surface(chart: Any, objects: Any, x: Landscape, logarithmic: bool) -> None:
 
 def _button(label: str, visible: list[bool], flat: bool) -> dict[str, Any]:
     # The axes of the contours would be drawn behind the surface, the box of the surface behind the contours.
-    layout = {"xaxis.visible": flat, "yaxis.visible": flat, "scene.xaxis.visible": not flat}
+    # An empty scene on top would take the mouse from them.
+    layout: dict[str, Any] = {
+        "scene.domain.x": [0, 0.01] if flat else [0, 1],
+        "scene.domain.y": [0, 0.01] if flat else [0, 1],
+    }
+    layout |= {"xaxis.visible": flat, "yaxis.visible": flat, "scene.xaxis.visible": not flat}
     layout |= {"scene.yaxis.visible": not flat, "scene.zaxis.visible": not flat}
     return {"label": label, "method": "update", "args": [{"visible": visible}, layout]}
 
