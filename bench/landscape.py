@@ -1,7 +1,7 @@
 """How long a landscape of the demo's net takes: 25 x 25 points over its 1,200 training images.
 
-``python -m bench.landscape [--parallel 1 5 10] [--batch 1200]`` computes as many points at once as each number says, a few first
-to compare them, then the whole landscape with the fastest, and prints seconds. The losses of all must agree, or nothing is timed.
+``python -m bench.landscape [--parallel 1 5 10] [--batch 1200]`` computes as many points at once as each number says, a few
+first to compare them, then the whole landscape with the fastest, and prints seconds. All must agree on the losses.
 """
 
 from __future__ import annotations

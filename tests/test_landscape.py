@@ -426,7 +426,7 @@ def test_a_file_of_something_else(tmp_path):
         ({"accuracy": 2}, "accuracy must be"),
         ({"normalise": False}, "normalise=False is for directions that you give"),
         ({"direction": [torch.zeros(1)]}, "direction has 1 tensors, the model 8"),
-        ({"direction": [torch.zeros(1)] * 8}, r"direction: conv.weight has shape \(1,\), the model's \(4, 1, 3, 3\)"),
+        ({"direction": [torch.zeros(1)] * 8}, r"direction: unused has shape \(1,\), the model's \(3, 3\)"),
     ],
     ids=str,
 )

@@ -71,8 +71,8 @@ def _fitted(given: Named, own: Named, argument: str) -> Named:
             raise TypeError(f"{argument}: {name} must be a tensor, got {type(x).__name__}")
         if x.shape != own[name].shape:
             raise ValueError(
-                f"{argument}: {name} has shape {tuple(x.shape)}, the model's {tuple(own[name].shape)}: give a checkpoint "
-                "of this model"
+                f"{argument}: {name} has shape {tuple(x.shape)}, the model's {tuple(own[name].shape)}: give tensors "
+                "of this model's shapes"
             )
     return {name: x.detach().to(own[name].device, math_dtype(own[name].dtype)) for name, x in given.items()}
 
