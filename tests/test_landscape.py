@@ -274,6 +274,13 @@ def test_no_point_starts_from_the_one_before():
     )
     assert np.allclose(found.loss, 2.0)
     assert net.calls == 0
+    # Nor are buffers of a checkpoint written.
+    states = [{"w": k * torch.ones(1, 2), "calls": torch.zeros(())} for k in (1, 3)]
+    data = [(torch.ones(2), None)]
+    for parallel in (1, 3):
+        found = landscape.interpolate(net, lambda out, _: out, data, *states, points=3, parallel=parallel)
+        assert found.loss.tolist() == [2.0, 4.0, 6.0]
+        assert all(s["calls"] == 0 for s in states)
 
 
 # ---- several at once

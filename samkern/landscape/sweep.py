@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .result import Array
 
 SAVE_EVERY = 10.0  # seconds
-# Points at once. On 1 and 2 cores, several are slower than one (bench/landscape.py); small kernels leave a GPU idle.
+# Points at once. On the CPU several gain nothing with large batches (bench/landscape.py); small kernels leave a GPU idle.
 PARALLEL = {"cpu": 1}
 PARALLEL_ELSEWHERE = 8
 
@@ -89,6 +89,7 @@ class Sweep:
 
     def __init__(self, problem: Problem, points: Points, options: Options, reestimate: Sequence[Any] | None) -> None:
         self.problem, self.points, self.accuracy, self.reestimate = problem, points, options.accuracy, reestimate
+        self.buffers = {name for name, _ in problem.model.named_buffers()}
         self.own = {**dict(problem.model.named_parameters()), **dict(problem.model.named_buffers())}
         self.fixed = {name: x.to(self.own[name].dtype) for name, x in points.fixed.items()}
         default = PARALLEL.get(problem.device.type, PARALLEL_ELSEWHERE) if reestimate is None else 1
@@ -113,24 +114,26 @@ class Sweep:
                 return found
         return [self._alone(row) for row in rows]
 
+    def _shared(self) -> Named:
+        """What does not move. Of buffers copies, which a model may write: they are the user's."""
+        return {name: x.clone() if name in self.buffers else x for name, x in self.fixed.items()}
+
     def _alone(self, row: int) -> tuple[float, float]:
         tensors = {name: x[0] for name, x in self.points.at([row], self.own).items()}
         with unchanged_buffers(self.problem.model), torch.no_grad():  # the last point leaves no trace in this one
-            tensors = {**self.fixed, **tensors}
+            tensors = self._shared() | tensors
             if self.reestimate is not None:
                 tensors = self._with_new_statistics(tensors)
             scores = torch.stack([self._score(tensors, batch) for batch in self.problem.batches])
         return self._means(scores.tolist())
 
     def _at_once(self, rows: Sequence[int]) -> list[tuple[float, float]]:
-        stacked = self.points.at(rows, self.own)
+        stacked, shared = self.points.at(rows, self.own), self._shared()
         with unchanged_buffers(self.problem.model), torch.no_grad():
             scores = torch.stack(
                 [
                     # Every point sees the same random numbers, as it does alone.
-                    torch.func.vmap(lambda moved, b=batch: self._score({**self.fixed, **moved}, b), randomness="same")(
-                        stacked
-                    )
+                    torch.func.vmap(lambda moved, b=batch: self._score(shared | moved, b), randomness="same")(stacked)
                     for batch in self.problem.batches
                 ],
                 dim=1,
