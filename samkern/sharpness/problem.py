@@ -22,6 +22,8 @@ from ..undisturbed import evaluating, random_numbers, unchanged_buffers, unwrapp
 LossFn = Callable[[Any, Any], Tensor]
 Weights = Sequence[Tensor]
 
+_AT_ONCE = 1 << 18  # entries whose random words are made at once: what that takes fits into a cache
+
 
 class Batch(NamedTuple):
     """Inputs, targets, and how many samples they are."""
@@ -29,6 +31,16 @@ class Batch(NamedTuple):
     x: Any
     y: Any
     n: int
+
+    def part(self, begin: int, end: int) -> Batch:
+        """Samples ``begin`` to ``end - 1``: these rows of all tensors that have a row for each sample."""
+        rows = slice(begin, end)
+        x, y = tree_map(lambda part: part[rows] if self.has_rows(part) else part, (self.x, self.y))
+        return Batch(x, y, len(range(self.n)[rows]))
+
+    def has_rows(self, part: Any) -> bool:
+        """Whether it is a tensor with a row for each sample."""
+        return isinstance(part, Tensor) and part.dim() > 0 and part.shape[0] == self.n
 
 
 class Problem:
@@ -101,6 +113,14 @@ class Problem:
             ValueError: the loss does not depend on the weights.
         """
         batches = self.batches if batches is None else batches
+        values, total = self.losses_and_gradient(weights, batches)
+        return self.mean_over(values, batches), total
+
+    def losses_and_gradient(
+        self, weights: Weights | None = None, batches: Sequence[Batch] | None = None
+    ) -> tuple[list[float], list[Tensor]]:
+        """The same, with the mean loss of each batch."""
+        batches = self.batches if batches is None else batches
         leaves = self.leaves(weights)
         total, n = [torch.zeros_like(w, dtype=math_dtype(w.dtype)) for w in leaves], sum(batch.n for batch in batches)
         values = []
@@ -110,7 +130,7 @@ class Problem:
                 for sum_of, g in zip(total, self.differentiated(loss, leaves), strict=True):
                     sum_of.add_(g if g.layout == torch.strided else g.to_dense(), alpha=batch.n / n)
                 values.append(loss.detach().double())
-        return self.mean_over(torch.stack(values).tolist(), batches), total
+        return torch.stack(values).tolist(), total
 
     def differentiated(self, loss: Tensor, leaves: Weights, create_graph: bool = False) -> tuple[Tensor, ...]:
         """Gradients of ``loss``, zeros where a weight takes no part.
@@ -143,15 +163,39 @@ class Problem:
         return (measure_words(q, draw, self.seed)[0, 0].item() + 0.5) * 2.0**-32
 
     def _drawn(self, draw: int, made_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        drawn, first = [], 0
-        for w in self.weights:
-            begin, end = first // 4, (first + w.numel() + 3) // 4
-            q = torch.arange(begin, end, dtype=torch.int64, device=w.device)
-            numbers = made_of(measure_words(q, draw, self.seed))
-            part = numbers[first - 4 * begin :][: w.numel()].view(w.shape)
-            drawn.append(torch.empty_like(w).copy_(part))  # in the weight's memory format and dtype
-            first += w.numel()
+        drawn: list[Tensor] = []
+        first = 0
+        for run in _runs(self.weights):
+            sizes = [w.numel() for w in run]
+            numbers = self._numbers(first, sum(sizes), draw, made_of, run[0].device)
+            for w, part in zip(run, numbers.split(sizes), strict=True):
+                drawn.append(torch.empty_like(w).copy_(part.view(w.shape)))  # in the weight's memory format and dtype
+            first += sum(sizes)
         return drawn
+
+    def _numbers(
+        self, first: int, n: int, draw: int, made_of: Callable[[Tensor], Tensor], device: torch.device
+    ) -> Tensor:
+        """Of entries ``first`` to ``first + n - 1``, float32."""
+        numbers = torch.empty(n, device=device)
+        for done in range(0, n, _AT_ONCE):
+            part = numbers[done : done + _AT_ONCE]
+            begin, end = (first + done) // 4, (first + done + len(part) + 3) // 4
+            q = torch.arange(begin, end, dtype=torch.int64, device=device)
+            part.copy_(made_of(measure_words(q, draw, self.seed))[first + done - 4 * begin :][: len(part)])
+        return numbers
+
+
+def _runs(weights: Weights) -> Iterator[list[Tensor]]:
+    """Neighbours whose numbers are made at once: a hundred small operations make them, of however many entries."""
+    run: list[Tensor] = []
+    for w in weights:
+        if run and (sum(x.numel() for x in run) + w.numel() > _AT_ONCE or w.device != run[0].device):
+            yield run
+            run = []
+        run.append(w)
+    if run:
+        yield run
 
 
 @contextmanager
