@@ -47,11 +47,11 @@ def lpf(
 
     Bisla et al. 2022 (arXiv 2201.08025), definition 1.
 
-    >>> model = torch.nn.Linear(4, 1, bias=False)  # the loss is norm(w)^2: 4 sigma^2 more
-    >>> model.weight.data.zero_()[0, 0] = 2.0
+    >>> model = torch.nn.Linear(4, 1, bias=False)  # the loss is norm(w)^2, at 0
+    >>> _ = model.weight.data.zero_()
     >>> loss_fn = lambda out, _: out.square().sum()
-    >>> round(samkern.sharpness.lpf(model, loss_fn, [(torch.eye(4), None)], sigma=0.1, draws=1000).value, 1)
-    4.0
+    >>> round(samkern.sharpness.lpf(model, loss_fn, [(torch.eye(4), None)], sigma=0.1).value, 2)  # 4 sigma^2
+    0.04
     """
     at_least("sigma", sigma, 0)
     at_least_int("draws", draws, 1)
@@ -96,8 +96,8 @@ def pac_bayes(
     >>> model = torch.nn.Linear(4, 1, bias=False)  # the loss is 5 norm(w)^2: s^2 is 0.1 / (5 * 4)
     >>> _ = model.weight.data.zero_()
     >>> loss_fn = lambda out, _: 5 * out.square().sum()
-    >>> found = samkern.sharpness.pac_bayes(model, loss_fn, [(torch.eye(4), None)], draws=500)
-    >>> abs(found.value - 200) < 4 * found.standard_error < 50
+    >>> found = samkern.sharpness.pac_bayes(model, loss_fn, [(torch.eye(4), None)])
+    >>> abs(found.value - 200) < 2 * found.standard_error < 100
     True
     """
     at_least("threshold", threshold, 0, strictly=True)

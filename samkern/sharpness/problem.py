@@ -168,7 +168,7 @@ class Problem:
         for run in _runs(self.weights):
             sizes = [w.numel() for w in run]
             numbers = self._numbers(first, sum(sizes), draw, made_of, run[0].device)
-            for w, part in zip(run, numbers.split(sizes), strict=True):
+            for w, part in zip(run, torch.split(numbers, sizes), strict=True):
                 drawn.append(torch.empty_like(w).copy_(part.view(w.shape)))  # in the weight's memory format and dtype
             first += sum(sizes)
         return drawn
