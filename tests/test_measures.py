@@ -168,7 +168,9 @@ RANGES = {
 def test_options_out_of_range(name):
     for options in RANGES[name]:
         given = () if name == "standardized_epochs" else (odd(), loss_fn, odd_data())
-        wrong = [key for key, value in options.items() if value is not None and (key, value) not in [("m", 2), ("pairs", 1)]]
+        wrong = [
+            key for key, value in options.items() if value is not None and (key, value) not in [("m", 2), ("pairs", 1)]
+        ]
         with pytest.raises(ValueError, match=rf"{'|'.join(wrong)}.* must be "):
             getattr(sharpness, name)(*given, **options)
 
@@ -178,7 +180,9 @@ def test_options_out_of_range(name):
 
 def test_draws_are_those_of_philox():
     """Of every entry by its place, in chunks and runs of any size."""
-    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(600, 500), nn.Linear(2, 2).to(memory_format=torch.contiguous_format))
+    model = nn.Sequential(
+        nn.Linear(3, 5), nn.Linear(600, 500), nn.Linear(2, 2).to(memory_format=torch.contiguous_format)
+    )
     n, seed = sum(p.numel() for p in model.parameters()), 2**40 + 3
     with problem(model, loss_fn, [(torch.ones(1), None)], seed) as p:
         for draw in (0, 7):
@@ -192,7 +196,9 @@ def test_draws_are_those_of_philox():
 
 def test_parts_of_a_batch():
     """Rows are cut of what has one for each sample; the rest is given whole."""
-    data = [({"x": torch.arange(5), "shared": torch.ones(3), "name": "n", "scalar": torch.tensor(2.0)}, [torch.arange(5)])]
+    data = [
+        ({"x": torch.arange(5), "shared": torch.ones(3), "name": "n", "scalar": torch.tensor(2.0)}, [torch.arange(5)])
+    ]
     with problem(nn.Linear(1, 1), loss_fn, data) as p:
         part = p.batches[0].part(3, 8)
     assert part.n == 2
@@ -226,7 +232,11 @@ def test_the_error_of_a_weighted_mean():
 def test_many_at_once():
     model, before = odd(), everything(odd())["torch"]
     found = sharpness.flatness(
-        model, loss_fn, iter(odd_data()), {"lpf": {"draws": 2}, "fisher_rao": {}, "shannon_entropy": {"seed": 4}}, seed=5
+        model,
+        loss_fn,
+        iter(odd_data()),
+        {"lpf": {"draws": 2}, "fisher_rao": {}, "shannon_entropy": {"seed": 4}},
+        seed=5,
     )
     assert list(found) == ["lpf", "fisher_rao", "shannon_entropy"]
     assert found["lpf"] == sharpness.lpf(model, loss_fn, odd_data(), draws=2, seed=5)

@@ -42,11 +42,11 @@ def test_lpf_on_a_quadratic():
     """``L + sigma^2 tr(H) / 2``."""
     spectrum, sigma = [9.0, 4.0, 1.0, -3.0], 0.5
     model = Quadratic(spectrum, at=0.3)
-    at_w = float(model(1.0))
+    at_w = model(1.0).item()
     found = lpf(model, itself, [(1.0, None)], sigma=sigma, draws=400)
     assert abs(found.value - at_w - sigma**2 * sum(spectrum) / 2) < 3 * found.standard_error
     # The variance of a quadratic in normal numbers: sigma^2 norm(g)^2 + sigma^4 tr(H^2) / 2.
-    variance = sigma**2 * float((model.h @ model.w).square().sum()) + sigma**4 * sum(x * x for x in spectrum) / 2
+    variance = sigma**2 * (model.h @ model.w).square().sum().item() + sigma**4 * sum(x * x for x in spectrum) / 2
     assert found.standard_error == pytest.approx(math.sqrt(variance / 400), rel=0.2)
 
 
@@ -77,11 +77,9 @@ def test_pac_bayes_of_what_never_rises_or_at_once():
     assert pac_bayes(model, lambda out, _: out.sum() * 0, data, draws=2).value == 0
     assert pac_bayes(model, lambda out, _: out.sum().sigmoid() / 100, data, draws=2).value == 0
 
-    def step(out, _):
-        return (out.sum() != at_w).double() + 0 * out.sum()
-
-    at_w = model(data[0][0]).sum().detach()
-    assert pac_bayes(model.double(), step, [(data[0][0].double(), None)], draws=2).value == math.inf
+    for p in model.parameters():
+        p.data.zero_()
+    assert pac_bayes(model, lambda out, _: (out != 0).float().sum() + 0 * out.sum(), data, draws=2).value == math.inf
 
 
 def test_a_loss_that_overflows_far_away_is_above():
@@ -127,9 +125,9 @@ def test_points_are_uniform_in_the_ball():
         lengths.append(math.sqrt(2 * out.item()))
         return out
 
-    local_entropy_gradient(model, record, [(1.0, None)], rho=2.0, draws=300)
+    local_entropy_gradient(model, record, [(1.0, None)], rho=2.0, draws=100)
     assert max(lengths) < 2
-    assert sum(lengths) / len(lengths) == pytest.approx(2 * 3 / 4, abs=3 * 2 * 0.2 / math.sqrt(300))
+    assert sum(lengths) / len(lengths) == pytest.approx(2 * 3 / 4, abs=3 * 2 * 0.2 / math.sqrt(100))
 
 
 def test_losses_of_any_size_have_weights():
@@ -144,8 +142,8 @@ def test_losses_of_any_size_have_weights():
 def test_the_error_of_the_local_entropy_gradient():
     """Against the spread over seeds."""
     found = [
-        local_entropy_gradient(Quadratic([3.0, 2.0, 1.0], at=1.0), itself, [(1.0, None)], rho=1.0, draws=20, seed=seed)
-        for seed in range(60)
+        local_entropy_gradient(Quadratic([3.0, 2.0, 1.0], at=1.0), itself, [(1.0, None)], rho=1.0, draws=8, seed=seed)
+        for seed in range(50)
     ]
     spread = torch.tensor([m.value for m in found]).std().item()
     mean = math.sqrt(sum(m.standard_error**2 for m in found) / len(found))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..optim.checks import at_least, at_least_int
 from ..progress import progress_bar
+from ..reference import math_dtype
 from .measurement import Measurement
 from .problem import LossFn, Problem, problem
 
@@ -85,8 +86,7 @@ def pac_bayes(
         progress: whether to show a bar, if tqdm is there; None: after two seconds.
 
     Returns:
-        In units of ``1 / w^2``. 0 if the loss never rises so far, infinity if it does at any s above 0; NaN if the loss is
-        NaN. The standard error comes from that of the mean over draws at s, and the slope of that mean; no parts.
+        In units of ``1 / w^2``. 0 if the loss never rises so far, infinity if it does next to w; NaN if the loss is NaN. The standard error comes from that of the mean over draws at s, and the slope of that mean; no parts.
 
     Raises:
         ValueError: an option is out of range, ``data`` is empty, or nothing in the model requires a gradient.
@@ -199,7 +199,12 @@ def local_entropy_gradient(
 
 def _moved(p: Problem, z: list[Tensor], scale: float) -> list[Tensor]:
     """``w + scale z``, rounded once, in new memory."""
-    return [torch.add(w, x, alpha=scale) for w, x in zip(p.weights, z, strict=True)]
+    # Of half-precision tensors torch makes the factor half-precision too.
+    moved = []
+    for w, x in zip(p.weights, z, strict=True):
+        dtype = math_dtype(w.dtype)
+        moved.append(torch.add(w.to(dtype), x.to(dtype), alpha=scale).to(w.dtype))
+    return moved
 
 
 def _in_ball(p: Problem, draw: int, rho: float) -> list[Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from .. import ops
@@ -179,10 +181,22 @@ def _at_once(p: Problem, batch: Batch) -> list[float]:
         return vmap(loss_of, in_dims=in_dims, randomness="different")(batch.x, batch.y)
 
     _alone(p, batch.part(0, 1))  # raises if the loss does not depend on the weights: its derivative would be a silent 0
-    with torch.no_grad():
+    with torch.no_grad(), _differentiable_attention():
         products: Tensor = jvp(losses, (p.weights,), (p.weights,))[1]
     found: list[float] = products.double().tolist()
     return found
+
+
+@contextmanager
+def _differentiable_attention() -> Iterator[None]:
+    """Without fused attention, and fused Transformer layers in evaluation mode: they have no forward-mode derivatives."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _alone(p: Problem, sample: Batch) -> float:
