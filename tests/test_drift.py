@@ -162,7 +162,7 @@ def diagonal_linear(kind, seed, n=20, d=40, active=3):
         return (x[i] @ (u.square() - v.square()) - y[i]).square() / 4
 
     lr, rho = 0.02, 0.1 if kind != "SGD" else 0.0
-    order = torch.randint(0, n, (4000,), generator=generator).tolist()
+    order = torch.randint(0, n, (2000,), generator=generator).tolist()
     opt = samkern.SAM([u, v], torch.optim.SGD, lr=lr, rho=rho)
     for i in order:
 

@@ -105,8 +105,8 @@ def test_batches_are_shares_of_one_data_set(name):
     sizes = {"m": (4, 2, 2), "gap": (3, 5)}.get(name, (1, 5, 2))
     whole, parts = (CALLS[name](odd(), loss_fn, odd_data(sizes=n)) for n in ((8,), sizes))
     if name == "gap":  # its test batches are the first of the training batches
-        logits = [odd().eval()(x) for x, _ in odd_data(sizes=(8,))][0]
-        right = logits.argmax(1) == odd_data(sizes=(8,))[0][1]
+        x, y = odd_data(sizes=(8,))[0]
+        right = odd().eval()(x).argmax(1) == y
         assert (whole.value, parts.value) == (0, 100 * (right.double().mean() - right[:3].double().mean()).item())
     else:
         assert parts.value == pytest.approx(whole.value, rel=1e-9)
@@ -244,5 +244,5 @@ def test_many_at_once():
     found = sharpness.flatness(model, loss_fn, odd_data(), progress=False)
     assert set(found) == set(MEASURES)
     assert all(isinstance(m, sharpness.Measurement) and math.isfinite(m.value) for m in found.values())
-    with pytest.raises(ValueError, match="measures must be of .*lpf.*, got 'sharpness'"):
+    with pytest.raises(ValueError, match=r"measures must be of .*lpf.*, got 'sharpness'"):
         sharpness.flatness(model, loss_fn, odd_data(), ["lpf", "sharpness"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import types
 import warnings
@@ -23,7 +24,7 @@ def relu_net(depth, sizes=(4, 7)):
     with torch.random.fork_rng():
         torch.manual_seed(depth)
         widths = [sizes[0], *[sizes[1]] * (depth - 1), 3]
-        layers = [nn.Linear(a, b, bias=False) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+        layers = [nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(widths)]
         return nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU())][:-1]).double()
 
 
@@ -182,7 +183,7 @@ def test_positions_are_averaged_in_a_sample():
 def test_outputs_that_are_no_logits(out, options, error, message):
     with pytest.raises(error, match=message):
         shannon_entropy(Given(), None, [(out, None)], **options)
-    with pytest.raises(TypeError, match="must return a tensor of logits.*got tuple"):
+    with pytest.raises(TypeError, match=r"must return a tensor of logits.*got tuple"):
         shannon_entropy(Given(lambda x: (x, x)), None, [(out, None)], **options)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import ops
 from ..lora import Adapter, factor_pairs
@@ -80,7 +81,8 @@ def scaled_trace(
         exact = probes is None and sum(sizes) <= EXACT_UP_TO
         n = [size if exact else probes or PROBES for size in sizes]
         forms: list[list[float]] = [[0.0] * of_block for of_block in n]
-        with progress_bar(sum(n) * len(p.batches), "scaled trace", "product", progress) as advance:
+        bar = progress_bar(sum(n) * len(p.batches), "scaled trace", "product", progress)
+        with bar as advance, sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
             for block, draw, form in _quadratic_forms(p, places, n, exact):
                 forms[block][draw] += form / blocks[block][1]
                 advance(1)

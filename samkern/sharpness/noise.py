@@ -86,7 +86,8 @@ def pac_bayes(
         progress: whether to show a bar, if tqdm is there; None: after two seconds.
 
     Returns:
-        In units of ``1 / w^2``. 0 if the loss never rises so far, infinity if it does next to w; NaN if the loss is NaN. The standard error comes from that of the mean over draws at s, and the slope of that mean; no parts.
+        In units of ``1 / w^2``. 0 if the loss never rises so far, infinity if it does next to w; NaN if the loss is NaN. The
+        standard error comes from that of the mean over draws at s, and the slope of that mean; no parts.
 
     Raises:
         ValueError: an option is out of range, ``data`` is empty, or nothing in the model requires a gradient.

@@ -22,7 +22,7 @@ from ..undisturbed import evaluating, random_numbers, unchanged_buffers, unwrapp
 LossFn = Callable[[Any, Any], Tensor]
 Weights = Sequence[Tensor]
 
-_AT_ONCE = 1 << 18  # entries whose random words are made at once: what that takes fits into a cache
+BLOCKS_AT_ONCE = 1 << 18  # of random words, whose arithmetic takes 100 bytes an entry
 
 
 class Batch(NamedTuple):
@@ -163,39 +163,11 @@ class Problem:
         return (measure_words(q, draw, self.seed)[0, 0].item() + 0.5) * 2.0**-32
 
     def _drawn(self, draw: int, made_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        drawn: list[Tensor] = []
-        first = 0
-        for run in _runs(self.weights):
-            sizes = [w.numel() for w in run]
-            numbers = self._numbers(first, sum(sizes), draw, made_of, run[0].device)
-            for w, part in zip(run, torch.split(numbers, sizes), strict=True):
-                drawn.append(torch.empty_like(w).copy_(part.view(w.shape)))  # in the weight's memory format and dtype
-            first += sum(sizes)
-        return drawn
-
-    def _numbers(
-        self, first: int, n: int, draw: int, made_of: Callable[[Tensor], Tensor], device: torch.device
-    ) -> Tensor:
-        """Of entries ``first`` to ``first + n - 1``, float32."""
-        numbers = torch.empty(n, device=device)
-        for done in range(0, n, _AT_ONCE):
-            part = numbers[done : done + _AT_ONCE]
-            begin, end = (first + done) // 4, (first + done + len(part) + 3) // 4
-            q = torch.arange(begin, end, dtype=torch.int64, device=device)
-            part.copy_(made_of(measure_words(q, draw, self.seed))[first + done - 4 * begin :][: len(part)])
-        return numbers
-
-
-def _runs(weights: Weights) -> Iterator[list[Tensor]]:
-    """Neighbours whose numbers are made at once: a hundred small operations make them, of however many entries."""
-    run: list[Tensor] = []
-    for w in weights:
-        if run and (sum(x.numel() for x in run) + w.numel() > _AT_ONCE or w.device != run[0].device):
-            yield run
-            run = []
-        run.append(w)
-    if run:
-        yield run
+        blocks = torch.arange((self.n_entries + 3) // 4, dtype=torch.int64, device=self.device)
+        numbers = torch.cat([made_of(measure_words(q, draw, self.seed)) for q in torch.split(blocks, BLOCKS_AT_ONCE)])
+        parts = torch.split(numbers[: self.n_entries], [w.numel() for w in self.weights])
+        # In the weight's memory format and dtype.
+        return [torch.empty_like(w).copy_(part.view(w.shape)) for w, part in zip(self.weights, parts, strict=True)]
 
 
 @contextmanager
