@@ -18,8 +18,8 @@ from .problem import LossFn, problem
 def _top_eigenvalue(
     model: nn.Module, loss_fn: LossFn, data: Any, *, progress: Any = None, **options: Any
 ) -> Measurement:
-    found = top_eigenvalue(model, loss_fn, data, **options)
-    return Measurement(float(found))
+    found: Any = top_eigenvalue(model, loss_fn, data, **options)
+    return found if isinstance(found, Measurement) else Measurement(found)
 
 
 # What flatness() measures, by name, in the order of its table.
