@@ -116,9 +116,12 @@ def test_a_step_too_far_shows():
 
     model = nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(1.0)
-    assert epsilon_sharpness(model, wave, [(torch.ones(1, 1), None)], rho=3.0).value == pytest.approx(
-        math.sin(4) - math.sin(1), rel=1e-6
-    )
+    data = [(torch.ones(1, 1), None)]
+    found = epsilon_sharpness(model, wave, data, rho=3.0)
+    assert found.value == pytest.approx(math.sin(4) - math.sin(1), rel=1e-6)
+    # To 2, and back to 1: the highest point counts, not the last.
+    found = epsilon_sharpness(model, wave, data, rho=3.0, steps=2, step_size=1.0)
+    assert found.value == pytest.approx(math.sin(2) - math.sin(1), rel=1e-6)
 
 
 def test_relative():

@@ -161,14 +161,13 @@ def diagonal_linear(kind, seed, n=20, d=40, active=3):
     def of(i):
         return (x[i] @ (u.square() - v.square()) - y[i]).square() / 4
 
-    lr, rho = 0.02, 0.1 if kind != "SGD" else 0.0
     order = torch.randint(0, n, (2000,), generator=generator).tolist()
-    opt = samkern.SAM([u, v], torch.optim.SGD, lr=lr, rho=rho)
+    opt = samkern.SAM([u, v], torch.optim.SGD, lr=0.02, rho=0.1)
     for i in order:
 
         def closure(i=i):
             opt.zero_grad()
-            loss = of(i) if kind == "1-SAM" or kind == "SGD" else losses()
+            loss = of(i) if kind == "1-SAM" else losses()
             loss.backward()
             return loss
 

@@ -95,6 +95,27 @@ def test_of_adapters_against_a_dense_hessian():
     assert second.parts == pytest.approx(expected[1:], rel=1e-9)
 
 
+class Attention(Factorisation):
+    def forward(self, x):
+        q = (self.left @ self.right.T)[None, None]
+        return F.scaled_dot_product_attention(q, q + x, q).square().sum()
+
+
+def test_of_attention():
+    """Its fused kernels cannot be differentiated twice."""
+    model = Attention()
+    found = scaled_trace(model, itself, [(1.0, None)], factors=[(model.left, model.right)])
+
+    def loss(vector):
+        left, right = vector.split([10, 6])
+        q = left.view(5, 2) @ right.view(3, 2).T
+        return ((q @ (q + 1).T / math.sqrt(3)).softmax(1) @ q).square().sum()
+
+    w = torch.cat([model.left.detach().flatten(), model.right.detach().flatten()])
+    left, right = oracle.block_traces(loss, w, [10, 6])
+    assert found.value == pytest.approx(left / 5 + right / 3, rel=1e-9)
+
+
 def test_the_error_over_probes():
     model = adapted()
     exact = sum(expected_of_adapters(model)) / 2

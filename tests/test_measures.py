@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -173,6 +175,44 @@ def test_options_out_of_range(name):
         ]
         with pytest.raises(ValueError, match=rf"{'|'.join(wrong)}.* must be "):
             getattr(sharpness, name)(*given, **options)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in CALLS if name != "trace"]
+)  # which is given parameters of the inner one
+def test_wrappers_are_looked_through(name):
+    wrapped = nn.DataParallel(odd())
+    assert CALLS[name](wrapped, loss_fn, odd_data()) == CALLS[name](odd(), loss_fn, odd_data())
+
+
+class Bar:
+    """tqdm, as far as it is used."""
+
+    made = []
+
+    def __init__(self, total, **_):
+        self.total, self.n = total, 0
+        Bar.made.append(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self, n):
+        self.n += n
+
+
+@measures
+def test_bars_end_where_they_should(name, monkeypatch):
+    monkeypatch.setattr(Bar, "made", [])
+    monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=Bar))
+    CALLS[name](odd(), loss_fn, odd_data(), progress=True)
+    assert len(Bar.made) == (2 if name == "gap" else 1)
+    assert all(bar.n > 0 and bar.total in (bar.n, None) for bar in Bar.made)
+    CALLS[name](odd(), loss_fn, odd_data(), progress=False)
+    assert len(Bar.made) == (2 if name == "gap" else 1)
 
 
 # ---- what they share

@@ -101,6 +101,7 @@ def test_sample_by_sample(cls):
         w, loss = as_vector(model, [(x[i : i + 1], y[i : i + 1])])
         expected.append(float(oracle.gradient(loss, w) @ w) ** 2)
     assert found.parts == pytest.approx(expected, rel=1e-7)
+    assert torch.backends.mha.get_fastpath_enabled()
     ours = [str(w.message) for w in caught if w.category is UserWarning and "one by one" in str(w.message)]
     assert len(ours) == (cls in (Recurrent, Branching))
     assert all("torch.func does not take this model or loss (RuntimeError" in message for message in ours)
