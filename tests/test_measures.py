@@ -103,8 +103,8 @@ def test_seeds(name):
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "drift"])  # of which a batch is a step
 def test_batches_are_shares_of_one_data_set(name):
-    """For m-sharpness, if groups are the same."""
-    sizes = {"m": (4, 2, 2), "gap": (3, 5)}.get(name, (1, 5, 2))
+    """For m-sharpness, if groups are the same. An empty one is none."""
+    sizes = {"m": (4, 0, 2, 2), "gap": (3, 5)}.get(name, (1, 5, 0, 2))
     whole, parts = (CALLS[name](odd(), loss_fn, odd_data(sizes=n)) for n in ((8,), sizes))
     if name == "gap":  # its test batches are the first of the training batches
         x, y = odd_data(sizes=(8,))[0]
@@ -145,6 +145,8 @@ def test_nothing_to_measure(name):
         return
     with pytest.raises(ValueError, match="data is empty"):
         CALLS[name](odd(), loss_fn, [])
+    with pytest.raises(ValueError, match="data is empty"):
+        CALLS[name](odd(), loss_fn, odd_data(sizes=(0,)))
     if name != "trace":
         with pytest.raises(ValueError, match="no parameter that requires a gradient"):
             CALLS[name](odd().requires_grad_(False), loss_fn, odd_data())

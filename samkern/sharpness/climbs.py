@@ -102,7 +102,7 @@ def adaptive_sharpness(
     Raises:
         ValueError: an option is out of range, ``data`` is empty, or nothing in the model requires a gradient.
 
-    Kwon et al. 2021 (arXiv 2102.11600), definition 2.
+    Kwon et al. 2021 (arXiv 2102.11600).
 
     >>> model = torch.nn.Linear(2, 1, bias=False)  # the loss is 3 w_0, w_0 is 2
     >>> model.weight.data = torch.tensor([[2.0, 1.0]])

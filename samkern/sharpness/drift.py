@@ -76,7 +76,7 @@ def gradient_drift(
     Raises:
         ValueError: an option is out of range, there are not more than k batches, or nothing requires a gradient.
 
-    Liu et al. 2022 (arXiv 2203.02714), section 3.2.
+    Liu et al. 2022 (arXiv 2203.02714).
 
     >>> model, data = torch.nn.Linear(2, 1), [(torch.randn(8, 2), torch.randn(8, 1)) for _ in range(20)]
     >>> sgd = lambda params: torch.optim.SGD(params, lr=0.1)

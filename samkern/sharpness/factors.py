@@ -109,7 +109,7 @@ def balancedness(factors: nn.Module | Iterable[Adapter | tuple[Tensor, Tensor]])
         TypeError: a pair is no pair.
         ValueError: there is none.
 
-    Li, Zhang and He 2024 (arXiv 2410.14802), section 3.
+    Li, Zhang and He 2024 (arXiv 2410.14802).
 
     >>> samkern.sharpness.balancedness([(torch.ones(2, 4), torch.ones(3, 2)), (torch.ones(2, 2), torch.ones(2, 2))])
     Measurement(value=0.5, standard_error=0.5, parts=(1.0, 0.0))

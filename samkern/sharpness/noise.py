@@ -46,7 +46,7 @@ def lpf(
     Raises:
         ValueError: an option is out of range, ``data`` is empty, or nothing in the model requires a gradient.
 
-    Bisla et al. 2022 (arXiv 2201.08025), definition 1.
+    Bisla et al. 2022 (arXiv 2201.08025).
 
     >>> model = torch.nn.Linear(4, 1, bias=False)  # the loss is norm(w)^2, at 0
     >>> _ = model.weight.data.zero_()
@@ -92,7 +92,7 @@ def pac_bayes(
     Raises:
         ValueError: an option is out of range, ``data`` is empty, or nothing in the model requires a gradient.
 
-    Jiang et al. 2020 (arXiv 1912.02178), appendix C.2.2: sharpness by the PAC-Bayesian bound.
+    Jiang et al. 2020 (arXiv 1912.02178): sharpness after a PAC-Bayesian bound.
 
     >>> model = torch.nn.Linear(4, 1, bias=False)  # the loss is 5 norm(w)^2: s^2 is 0.1 / (5 * 4)
     >>> _ = model.weight.data.zero_()

@@ -44,7 +44,7 @@ def fisher_rao(
     Raises:
         ValueError: ``data`` is empty, nothing in the model requires a gradient, or no loss depends on what does.
 
-    Liang et al. 2019 (arXiv 1711.01530), definition 2.
+    Liang et al. 2019 (arXiv 1711.01530).
 
     >>> model = torch.nn.Linear(2, 1, bias=False)  # a sample's loss is w'x, and so is <grad, w>
     >>> model.weight.data = torch.tensor([[1.0, 2.0]])
@@ -102,7 +102,7 @@ def shannon_entropy(
         ValueError: they have no such dimension, or only one class; ``data`` is empty, or nothing in the model requires a
             gradient.
 
-    Pereyra et al. 2017 (arXiv 1701.06548), section 3.
+    Pereyra et al. 2017 (arXiv 1701.06548).
 
     >>> model = torch.nn.Linear(3, 4)
     >>> for p in model.parameters():

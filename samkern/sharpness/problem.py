@@ -203,7 +203,8 @@ def problem(model: nn.Module, loss_fn: LossFn, data: Iterable[tuple[Any, Any]], 
     with ExitStack() as stack:
         stack.enter_context(_unmoved_generators())
         stack.enter_context(random_numbers(seed, params[0].device))
-        batches = [_batch(item, params[0].device) for item in data]
+        read = [_batch(item, params[0].device) for item in data]
+        batches = [batch for batch in read if batch.n > 0]  # the mean loss of no sample is NaN
         if not batches:
             raise ValueError("data is empty: give at least one batch (x, y); an iterator can be read only once")
         stack.enter_context(evaluating(model))
