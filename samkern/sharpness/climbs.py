@@ -199,9 +199,8 @@ class Climb:
                 ops.restore(point, saved)
                 x, radius = self._stepped(x, radius, g, step_size, w)
             sums = ops.perturb(point, x, saved, radius, mode=self.mode, eta=self.eta)
-            is_defined = all(
-                finite(row[:-1], w) for row in sums[[0, 3, 4]]
-            )  # else it has left the weights as they were
+            # Else the pass has left the weights as they were.
+            is_defined = all(finite(row[:-1], w) for row in sums[[0, 3, 4]])
             if not is_defined or step == self.steps + self.random_start - 1:
                 yield p.losses(point, batches), is_defined
                 return

@@ -137,8 +137,8 @@ def local_entropy_gradient(
 ) -> Measurement:
     """``norm(sum_j p_j grad L(w + d_j))``, d_j uniform in the ball of radius ``rho``, ``p = softmax(-L(w + d_j))``.
 
-    The gradient of the local entropy ``-ln E exp(-L(w + d))``, which is flat where the loss is low all around. Noise of the
-    mean adds to its norm: the value is too large by about ``standard_error^2 n / value`` at most, for n weights.
+    The gradient of the local entropy ``-ln E exp(-L(w + d))``, which is flat where the loss is low all around. The noise of
+    the mean adds to its norm: about ``n standard_error^2 / (2 value)`` if it is alike in all n directions.
 
     Args:
         model, loss_fn, data, seed: see ``samkern.sharpness.problem``.
