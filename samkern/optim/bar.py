@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .. import ops
-from ..lora import Adapter, all_factors
+from ..lora import Adapter, factor_pairs
 from ..options import Scaling
 from ..reference import finite
 from ..shards import locals_of
@@ -203,16 +203,7 @@ class BAR(Attached):
 
 
 def _pairs(given: nn.Module | Iterable[Any]) -> list[tuple[Tensor, Tensor]]:
-    entries: list[Any] = list(all_factors(given) if isinstance(given, nn.Module) else given)
-    if not entries:
-        raise ValueError("pairs_or_model has no pair: pass [(x, y), ...], adapters, or a model that has some")
-    pairs = []
-    for i, entry in enumerate(entries):
-        has_names = hasattr(entry, "a") and hasattr(entry, "b")
-        pair = (entry.a, entry.b) if has_names else entry
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(p, Tensor) for p in pair):
-            raise TypeError(f"pair {i} must be two tensors (x, y) or a samkern.Adapter, got {entry!r}")
-        pairs.append((pair[0], pair[1]))
+    pairs = factor_pairs("pairs_or_model", given)
     of_all = [p for pair in pairs for p in pair]
     if len(set(of_all)) < len(of_all):
         raise ValueError("a factor is in several pairs, whose balances would go against each other: give it once")
