@@ -5,7 +5,28 @@ model is in evaluation mode meanwhile. Afterwards its weights, buffers, modes an
 they were. Weight decay is no part of the loss.
 """
 
-from .hessian import top_eigenvalue
+from .hessian import HessianMoments, hessian_frobenius, hessian_moments, hessian_trace, top_eigenvalue
 from .measurement import Measurement
+from .spectrum import (
+    SpectralDensity,
+    TopEigenvalues,
+    effective_dimension,
+    log_det,
+    spectral_density,
+    top_eigenvalues,
+)
 
-__all__ = ["Measurement", "top_eigenvalue"]
+__all__ = [
+    "HessianMoments",
+    "Measurement",
+    "SpectralDensity",
+    "TopEigenvalues",
+    "effective_dimension",
+    "hessian_frobenius",
+    "hessian_moments",
+    "hessian_trace",
+    "log_det",
+    "spectral_density",
+    "top_eigenvalue",
+    "top_eigenvalues",
+]
