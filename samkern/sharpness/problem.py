@@ -22,6 +22,8 @@ from ..undisturbed import evaluating, random_numbers, unchanged_buffers, unwrapp
 LossFn = Callable[[Any, Any], Tensor]
 Weights = Sequence[Tensor]
 
+BLOCKS_AT_ONCE = 1 << 18  # of random words, whose arithmetic takes 100 bytes an entry
+
 
 class Batch(NamedTuple):
     """Inputs, targets, and how many samples they are."""
@@ -143,15 +145,11 @@ class Problem:
         return (measure_words(q, draw, self.seed)[0, 0].item() + 0.5) * 2.0**-32
 
     def _drawn(self, draw: int, made_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        drawn, first = [], 0
-        for w in self.weights:
-            begin, end = first // 4, (first + w.numel() + 3) // 4
-            q = torch.arange(begin, end, dtype=torch.int64, device=w.device)
-            numbers = made_of(measure_words(q, draw, self.seed))
-            part = numbers[first - 4 * begin :][: w.numel()].view(w.shape)
-            drawn.append(torch.empty_like(w).copy_(part))  # in the weight's memory format and dtype
-            first += w.numel()
-        return drawn
+        blocks = torch.arange((self.n_entries + 3) // 4, dtype=torch.int64, device=self.device)
+        numbers = torch.cat([made_of(measure_words(q, draw, self.seed)) for q in torch.split(blocks, BLOCKS_AT_ONCE)])
+        parts = torch.split(numbers[: self.n_entries], [w.numel() for w in self.weights])
+        # In the weight's memory format and dtype.
+        return [torch.empty_like(w).copy_(part.view(w.shape)) for w, part in zip(self.weights, parts, strict=True)]
 
 
 @contextmanager
