@@ -82,6 +82,7 @@ class HessianProducts:
         with torch.enable_grad(), _differentiable_twice():
             loss = self.problem.loss_of(leaves, batch)
             gradients = self.problem.differentiated(loss, leaves, create_graph=True)
+            _refuse_dead_ends(gradients)
         which = [i for i, g in enumerate(gradients) if g.requires_grad]
         graph = _Graph(leaves, [gradients[i] for i in which], which)
         if len(self.batches) == 1:
@@ -127,6 +128,19 @@ def _differentiable_twice() -> Iterator[None]:
                 f"the model's backward pass cannot be differentiated: {error}; product='difference' does without"
             ) from error
         raise
+
+
+def _refuse_dead_ends(gradients: Sequence[Tensor]) -> None:
+    """Raises at a function that is differentiable once: torch does not go there, and would leave its part out in silence."""
+    nodes = [g.grad_fn for g in gradients]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if node.name() == "torch::autograd::Error":
+                raise RuntimeError("it goes through a function that is marked with @once_differentiable")
+            nodes.extend(following for following, _ in node.next_functions)
 
 
 def dots(rows: Tensor, v: Tensor) -> Tensor:
