@@ -76,7 +76,6 @@ def numbers(result) -> list[float]:
         ([0.0, 0.0], 0),
         ([7.0], 7),
         ([-7.0], -7),
-        ([4.0, -4.0, 1.0, -1.0], 4),  # v'Hv comes to rest anywhere between
         ([-100.0, 3.0, 1.0], 3),
     ],
     ids=str,
@@ -87,6 +86,13 @@ def test_the_top_eigenvalue_of_known_spectra(spectrum, expected, product):
     found = top_eigenvalue(Quadratic(spectrum), itself, ONCE, product=product, **options)
     assert found.value == pytest.approx(expected, abs=1e-3)
     assert found.parts == (found.value,)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_two_eigenvalues_of_one_size(seed):
+    """Power iteration rests between them, where v'Hv is anything from -4 to 4."""
+    found = top_eigenvalue(Quadratic([4.0, -4.0, 1.0, -1.0]), itself, ONCE, seed=seed)
+    assert found.value == pytest.approx(4, rel=1e-3)
 
 
 def test_the_median_over_batches():
@@ -145,21 +151,22 @@ def test_errors_bound_what_has_not_converged():
 
 @every_product
 def test_trace_and_frobenius_norm_within_their_errors(product):
-    """Over seeds, deviations are of the size of the errors; and the errors are those of the known variance."""
+    """Over seeds, deviations are of the size of the errors."""
     spectrum = [9.0, 4.0, 1.0, 0.5, 0.0, -3.0]
     model = Quadratic(spectrum)
-    trace, square = sum(spectrum), sum(value**2 for value in spectrum)
-    runs = [hessian_moments(model, itself, ONCE, probes=40, seed=seed, product=product) for seed in range(10)]
-    deviations = [(run.trace.value - trace) / run.trace.standard_error for run in runs]
-    deviations += [(run.frobenius.value - math.sqrt(square)) / run.frobenius.standard_error for run in runs]
-    assert 0.5 < math.sqrt(sum(d**2 for d in deviations) / len(deviations)) < 1.6
-    assert max(map(abs, deviations)) < 5
+    runs = [hessian_moments(model, itself, ONCE, probes=20, seed=seed, product=product) for seed in range(20)]
+    square = sum(value**2 for value in spectrum)
+    for exact, found in (
+        (sum(spectrum), [run.trace for run in runs]),
+        (math.sqrt(square), [run.frobenius for run in runs]),
+    ):
+        deviations = [(m.value - exact) / m.standard_error for m in found]
+        assert 0.75 < math.sqrt(sum(d**2 for d in deviations) / len(deviations)) < 1.4
     # The variance of v'Hv for random signs: twice the squares beside the diagonal.
     variance = 2 * (square - model.h.diag().square().sum().item())
-    assert sum(run.trace.standard_error**2 for run in runs) / 10 == pytest.approx(variance / 40, rel=0.2)
-    again = hessian_trace(model, itself, ONCE, probes=40, product=product)
-    assert again == runs[0].trace
-    assert hessian_frobenius(model, itself, ONCE, probes=40, product=product) == runs[0].frobenius
+    assert sum(run.trace.standard_error**2 for run in runs) / 20 == pytest.approx(variance / 20, rel=0.2)
+    assert hessian_trace(model, itself, ONCE, probes=20, product=product) == runs[0].trace
+    assert hessian_frobenius(model, itself, ONCE, probes=20, product=product) == runs[0].frobenius
 
 
 def test_a_diagonal_hessian_needs_one_probe():
@@ -482,7 +489,7 @@ def test_a_model_that_cannot_be_differentiated_twice():
         top_eigenvalue(model, lambda out, _: Once.apply(out).square().mean(), data)
     found = top_eigenvalue(model, lambda out, _: Once.apply(out).square().mean(), data, product="difference")
     assert found.value == pytest.approx(192, rel=1e-6)
-    with pytest.raises(RuntimeError, match="^mat1 and mat2 shapes"):  # an error of the model's own stays as it is
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2 shapes"):  # an error of the model's own stays as it is
         top_eigenvalue(
             model, lambda out, _: (out @ torch.zeros(3, 7).double()).mean(), [(torch.zeros(3, 2).double(), None)]
         )

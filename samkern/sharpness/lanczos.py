@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ Product = Callable[[Tensor], Tensor]
 
 # Of a next vector that is shorter than this many rounding units of the matrix, nothing is known but its rounding.
 UNITS_OF_NOISE = 32
+TRIES = 10  # at a direction orthogonal to a basis: one nearly always does
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def orthogonalise(w: Tensor, basis: Tensor) -> float:
 
 
 def _orthogonal(starts: Iterator[Tensor], basis: Tensor) -> Tensor | None:
-    for v in starts:
+    for v in itertools.islice(starts, TRIES):
         v = v / norm(v)
         length = orthogonalise(v, basis)
         if length > 1e-3:  # else it is rounding: its direction is not random any more
