@@ -452,9 +452,9 @@ def test_of_a_loss_that_is_not_finite_is_nan(name, product):
     measure = MEASURES[name]
     for bad in (math.nan, math.inf):
         assert math.isnan(numbers(measure(Quadratic([2.0, 1.0, 1.0]), itself, [(bad, None)], product=product))[0])
-    one_of_three = [(1.0, None), (math.nan, None), (2.0, None)]
-    found = measure(Quadratic([2.0, 1.0, 1.0]), itself, one_of_three, product=product)
-    assert math.isnan(numbers(found)[0])
+    for scales in ((math.nan, 1.0, 2.0), (1.0, math.nan, 2.0), (2.0, 1.0, math.nan)):
+        found = measure(Quadratic([2.0, 1.0, 1.0]), itself, [(x, None) for x in scales], product=product)
+        assert math.isnan(numbers(found)[0])
     if isinstance(found, SpectralDensity):
         assert found(found.grid()).isnan().all()
 

@@ -94,7 +94,7 @@ class HessianProducts:
             return torch.zeros_like(v)
         parts = self.shaped(v)
         # v as the gradient of the gradients: <g, v> is differentiated without being computed.
-        along = [parts[i].to(g.dtype) for i, g in zip(graph.which, graph.gradients, strict=True)]
+        along = [parts[i] for i in graph.which]
         with _differentiable_twice():
             found: tuple[Tensor, ...] = torch.autograd.grad(
                 graph.gradients, graph.leaves, grad_outputs=along, retain_graph=True, materialize_grads=True
