@@ -535,6 +535,7 @@ def test_nothing_to_measure(name):
 # ---- a library
 
 
+@pytest.mark.takes(5)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_against_curvlinops():
@@ -569,7 +570,7 @@ def a_million():
     return net, x, y
 
 
-@pytest.mark.takes(15)
+@pytest.mark.takes(8)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_million_parameters_against_curvlinops():
