@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from samkern import sharpness
-from samkern.sharpness.flatness import MEASURES
+from samkern.sharpness.suite import MEASURES
 from samkern.sharpness.problem import problem
 
 from .lists import BF16, FP16, FP32, FP64, dtype_name

@@ -59,7 +59,8 @@ class Measurement:
         2.0
         """
         parts = tuple(parts)
-        return cls(statistics.median(parts), MEDIAN_TO_MEAN * _error_of_mean(parts), parts)
+        middle = math.nan if any(map(math.isnan, parts)) else statistics.median(parts)  # NaN has no place in an order
+        return cls(middle, MEDIAN_TO_MEAN * _error_of_mean(parts), parts)
 
     def __float__(self) -> float:
         return self.value

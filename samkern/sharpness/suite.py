@@ -8,25 +8,19 @@ from typing import Any
 from torch import nn
 
 from .climbs import adaptive_sharpness, epsilon_sharpness
-from .hessian import top_eigenvalue
+from .hessian import hessian_trace, top_eigenvalue
 from .measurement import Measurement
 from .noise import local_entropy_gradient, lpf, pac_bayes
 from .outputs import fisher_rao, shannon_entropy
 from .problem import LossFn, problem
 
 
-def _top_eigenvalue(
-    model: nn.Module, loss_fn: LossFn, data: Any, *, progress: Any = None, **options: Any
-) -> Measurement:
-    found: Any = top_eigenvalue(model, loss_fn, data, **options)
-    return found if isinstance(found, Measurement) else Measurement(found)
-
-
 # What flatness() measures, by name, in the order of its table.
 MEASURES: dict[str, Callable[..., Measurement]] = {
     "epsilon_sharpness": epsilon_sharpness,
     "adaptive_sharpness": adaptive_sharpness,
-    "top_eigenvalue": _top_eigenvalue,
+    "top_eigenvalue": top_eigenvalue,
+    "hessian_trace": hessian_trace,
     "lpf": lpf,
     "pac_bayes": pac_bayes,
     "local_entropy_gradient": local_entropy_gradient,
