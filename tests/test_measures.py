@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from samkern import sharpness
-from samkern.sharpness.suite import MEASURES
 from samkern.sharpness.problem import problem
+from samkern.sharpness.suite import MEASURES
 
 from .lists import BF16, FP16, FP32, FP64, dtype_name
 from .measured import CALLS, WITHOUT_LOSS, loss_fn, odd, odd_data

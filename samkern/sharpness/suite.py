@@ -14,7 +14,6 @@ from .noise import local_entropy_gradient, lpf, pac_bayes
 from .outputs import fisher_rao, shannon_entropy
 from .problem import LossFn, problem
 
-
 # What flatness() measures, by name, in the order of its table.
 MEASURES: dict[str, Callable[..., Measurement]] = {
     "epsilon_sharpness": epsilon_sharpness,
