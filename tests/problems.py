@@ -103,3 +103,17 @@ def copied(how: str, net: nn.Module, opt, make: Callable[[Any], Any]) -> tuple[n
     twin.load_state_dict(through_a_file(net.state_dict()))
     other.load_state_dict(through_a_file(opt.state_dict()))
     return twin, other
+
+
+class Quadratic(nn.Module):
+    """The output is w' H w / 2 times x, with the eigenvalues given, in a random basis."""
+
+    def __init__(self, spectrum: list[float], dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        n = len(spectrum)
+        basis = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0]
+        self.h = (basis @ torch.diag(torch.tensor(spectrum, dtype=torch.float64)) @ basis.T).to(dtype)
+        self.w = nn.Parameter(torch.randn(n, dtype=torch.float64).to(dtype))
+
+    def forward(self, x):
+        return self.w @ self.h @ self.w / 2 * x

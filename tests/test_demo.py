@@ -15,12 +15,13 @@ pytest.importorskip("tqdm")
 
 from samkern import demo
 from samkern.demo import report, study
+from samkern.sharpness import Measurement
 
 
 @pytest.fixture
 def short(monkeypatch):
     """No eigenvalues, and times that are no measurements."""
-    monkeypatch.setattr(study, "top_eigenvalue", lambda *arguments, **options: 1.0)
+    monkeypatch.setattr(study, "top_eigenvalue", lambda *arguments, **options: Measurement(1.0))
     monkeypatch.setattr(study, "time_steps", functools.partial(study.time_steps, rounds=4, warm_up=1))
 
 

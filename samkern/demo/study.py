@@ -357,7 +357,7 @@ def train(entry: Entry, setting: Setting, seed: int, progress: tqdm[Any]) -> Run
             seed=seed,
             test_accuracy=curve[-1][1],
             train_accuracy=accuracy(net, data.train_x, data.train_y),
-            eigenvalue=top_eigenvalue(net, functional.cross_entropy, [third], tol=1e-2),
+            eigenvalue=top_eigenvalue(net, functional.cross_entropy, [third], tol=1e-2, progress=False).value,
             kinds=fit.kinds,
             curve=curve,
         )

@@ -5,7 +5,50 @@ model is in evaluation mode meanwhile. Afterwards its weights, buffers, modes an
 they were. Weight decay is no part of the loss.
 """
 
-from .hessian import top_eigenvalue
+from .climbs import adaptive_sharpness, epsilon_sharpness, m_sharpness
+from .drift import Drift, GradientDrift, gradient_drift, standardized_epochs
+from .factors import balancedness, scaled_trace
+from .hessian import HessianMoments, hessian_frobenius, hessian_moments, hessian_trace, top_eigenvalue
 from .measurement import Measurement
+from .noise import local_entropy_gradient, lpf, pac_bayes
+from .outputs import fisher_rao, generalisation_gap, shannon_entropy
+from .spectrum import (
+    SpectralDensity,
+    TopEigenvalues,
+    effective_dimension,
+    log_det,
+    spectral_density,
+    top_eigenvalues,
+)
+from .suite import flatness
 
-__all__ = ["Measurement", "top_eigenvalue"]
+__all__ = [
+    "Drift",
+    "GradientDrift",
+    "HessianMoments",
+    "Measurement",
+    "SpectralDensity",
+    "TopEigenvalues",
+    "adaptive_sharpness",
+    "balancedness",
+    "effective_dimension",
+    "epsilon_sharpness",
+    "fisher_rao",
+    "flatness",
+    "generalisation_gap",
+    "gradient_drift",
+    "hessian_frobenius",
+    "hessian_moments",
+    "hessian_trace",
+    "local_entropy_gradient",
+    "log_det",
+    "lpf",
+    "m_sharpness",
+    "pac_bayes",
+    "scaled_trace",
+    "shannon_entropy",
+    "spectral_density",
+    "standardized_epochs",
+    "top_eigenvalue",
+    "top_eigenvalues",
+]

@@ -1,112 +1,213 @@
-"""The Hessian of the mean loss, seen through products with vectors."""
+"""Sizes of the Hessian of the mean loss: its largest eigenvalue, trace and Frobenius norm."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Product = Callable[[list[Tensor]], list[Tensor]]
+from ..optim.checks import at_least, at_least_int, one_of
+from ..progress import progress_bar
+from .measurement import Measurement
+from .problem import LossFn, problem
+from .products import PRODUCTS, HessianProducts, inner, norm
+
+RESTS = 0.999  # the cosine between v and Hv from which v is an eigenvector
+PROBES_AT_ONCE = 8  # they share the graph of a batch; each takes two vectors
 
 
 def top_eigenvalue(
     model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor],
-    batches: Iterable[tuple[Any, Any]],
+    loss_fn: LossFn,
+    data: Iterable[tuple[Any, Any]],
     *,
     tol: float = 1e-4,
     max_products: int = 100,
+    product: str = "exact",
     seed: int = 0,
-) -> float:
-    """Largest eigenvalue of the loss's Hessian, the curvature along the sharpest direction: the median over ``batches``.
+    progress: bool | None = None,
+) -> Measurement:
+    """Largest eigenvalue of the loss's Hessian, the curvature along the sharpest direction: the median over batches.
 
-    Power iteration with exact products (double backward). A negative eigenvalue may dominate; then the iteration is
-    repeated on the Hessian shifted by its size. The model is in evaluation mode meanwhile; its weights, buffers, modes and
-    gradients and the global random numbers are afterwards as they were.
+    Power iteration. Where a negative eigenvalue is larger in size, it is repeated on the Hessian shifted by that size. It
+    needs four vectors; ``top_eigenvalues`` converges in fewer products and keeps a vector for each.
 
     Args:
         model: its parameters that require a gradient are the variables.
-        loss_fn: ``loss_fn(model(x), y)`` is the mean loss of a batch, twice differentiable.
-        batches: pairs ``(x, y)``; at least one.
-        tol: relative change of the estimate at which an iteration stops.
-        max_products: Hessian-vector products at which it stops at the latest; each costs about two backward passes.
-        seed: of the start vector.
+        loss_fn: ``loss_fn(model(x), y)`` is the mean loss of a batch.
+        data: pairs ``(x, y)``, at least one.
+        tol: relative change of the estimate at which an iteration stops, > 0.
+        max_products: Hessian-vector products at which it stops at the latest, >= 1; each costs about two backward passes.
+        product: "exact", by differentiating twice, or "difference" of two gradients, where the model does not allow that:
+            four digits in float32 if the loss is smooth; ReLU's kinks count.
+        seed: of the start vector, and of what the model draws.
+        progress: whether to show a bar; ``None``: when it takes longer than two seconds.
+
+    Returns the values of the batches as ``parts``; NaN where a loss or product is not finite.
 
     Raises:
-        ValueError: no batch, or no parameter that requires a gradient.
+        ValueError: no batch, no parameter that requires a gradient, or an option is out of range.
+        RuntimeError: the model cannot be differentiated twice.
 
     >>> model = torch.nn.Linear(2, 1, bias=False)  # loss = mean of (w x)^2, x = (2, 0): Hessian diag(8, 0)
     >>> loss = lambda out, _: out.square().mean()
-    >>> round(samkern.sharpness.top_eigenvalue(model, loss, [(torch.tensor([[2.0, 0.0]]), None)]), 4)
+    >>> round(samkern.sharpness.top_eigenvalue(model, loss, [(torch.tensor([[2.0, 0.0]]), None)]).value, 4)
     8.0
     """
-    params = [p for p in model.parameters() if p.requires_grad]
-    if not params:
-        raise ValueError("the model has no parameter that requires a gradient")
+    at_least("tol", tol, 0, strictly=True)
+    at_least_int("max_products", max_products, 1)
+    one_of("product", product, PRODUCTS)
     values = []
-    with _evaluation_mode(model):
-        for x, y in batches:
-            product = _hessian_product(loss_fn(model(x), y), params)
-            start = _random_like(params, seed)
-            value = _power_iteration(product, start, tol, max_products)
-            if value < 0:
-                shift = -value
-                value = _power_iteration(_shifted(product, shift), start, tol, max_products) - shift
+    with (
+        problem(model, loss_fn, data, seed) as at,
+        progress_bar(None, "top eigenvalue", "product", progress) as done,
+    ):
+        for batch in at.batches:
+            products = HessianProducts(at, [batch], product)
+            start = products.flat(at.normals(0))
+            value, size, v = _power_iteration(products, start, 0.0, tol, max_products, done)
+            # Between eigenvalues of one size and both signs v may rest anywhere: then v'Hv is below norm(Hv).
+            if value < RESTS * size:
+                value, _, _ = _power_iteration(products, v if value > 0 else start, size, tol, max_products, done)
             values.append(value)
-    if not values:
-        raise ValueError("batches is empty: the eigenvalue is of a loss over at least one batch")
-    return statistics.median(values)
+    return Measurement.median(values)
 
 
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _hessian_product(loss: Tensor, params: Sequence[Tensor]) -> Product:
-    grads = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
-
-    def product(v: list[Tensor]) -> list[Tensor]:
-        inner = sum(((g * x).sum() for g, x in zip(grads, v, strict=True)), torch.zeros((), device=loss.device))
-        return list(torch.autograd.grad(inner, params, retain_graph=True, materialize_grads=True))
-
-    return product
-
-
-def _shifted(product: Product, shift: float) -> Product:
-    return lambda v: [h + shift * x for h, x in zip(product(v), v, strict=True)]
-
-
-def _power_iteration(product: Product, v: list[Tensor], tol: float, max_products: int) -> float:
-    value = 0.0
+def _power_iteration(
+    product: HessianProducts,
+    start: Tensor,
+    shift: float,
+    tol: float,
+    max_products: int,
+    done: Callable[[int], object],
+) -> tuple[float, float, Tensor]:
+    """``v'Hv``, ``norm(Hv)`` and ``v`` where ``v <- Hv + shift v`` has come to rest."""
+    v, length = start, norm(start)
+    value, size = math.nan if length else 0.0, 0.0
     for _ in range(max_products):
-        length = _norm(v)
         if length == 0:
-            return 0.0
-        v = [x / length for x in v]
+            break
+        v = v / length
         image = product(v)
-        previous, value = value, sum((h.double() * x.double()).sum().item() for h, x in zip(image, v, strict=True))
+        shifted = image.add(v, alpha=shift)
+        # One read a product.
+        found = torch.stack([inner(v, image), inner(image, image), inner(shifted, shifted)]).tolist()
+        previous, value, size, length = value, found[0], math.sqrt(found[1]), math.sqrt(found[2])
+        done(1)
+        if not math.isfinite(length):
+            return math.nan, math.nan, v
         if abs(value - previous) <= tol * abs(value):
             break
-        v = image
-    return value
+        v = shifted
+    return value, size, v
 
 
-def _norm(v: Sequence[Tensor]) -> float:
-    return float(torch.stack([x.double().square().sum() for x in v]).sum().sqrt())
+@dataclass(frozen=True)
+class HessianMoments:
+    """``trace`` of the Hessian and ``frobenius``, its Frobenius norm, with standard errors over probes.
+
+    Their parts are ``v'Hv`` and ``norm(Hv)`` of the probes.
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)  # loss = mean of (w x)^2, x = (2, 0): Hessian diag(8, 0)
+    >>> data = [(torch.tensor([[2.0, 0.0]]), None)]
+    >>> moments = samkern.sharpness.hessian_moments(model, lambda out, _: out.square().mean(), data, probes=3)
+    >>> moments.trace.value, moments.frobenius.value
+    (8.0, 8.0)
+    """
+
+    trace: Measurement
+    frobenius: Measurement
 
 
-def _random_like(params: Sequence[Tensor], seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(p.shape, generator=generator).to(p) for p in params]
+def hessian_moments(
+    model: nn.Module,
+    loss_fn: LossFn,
+    data: Iterable[tuple[Any, Any]],
+    *,
+    probes: int = 30,
+    product: str = "exact",
+    seed: int = 0,
+    progress: bool | None = None,
+) -> HessianMoments:
+    """Trace and Frobenius norm of the Hessian of the mean loss, from the same products.
+
+    For vectors ``v`` of random signs the trace is the mean of ``v'Hv``, and the norm the root of the mean of ``norm(Hv)^2``.
+    The error of the root is half that of the mean, divided by the root.
+
+    Args:
+        model, loss_fn, data, product, progress: as for ``top_eigenvalue``.
+        probes: number of such vectors, >= 1, a product each. The error falls with their root; of one it is NaN.
+        seed: of the signs, and of what the model draws.
+
+    Raises:
+        ValueError: no batch, no parameter that requires a gradient, or an option is out of range.
+        RuntimeError: the model cannot be differentiated twice.
+
+    Hutchinson, Communications in Statistics 19 (1990).
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)  # loss = mean of (w x)^2, x = (1, 1): Hessian [[2, 2], [2, 2]]
+    >>> data = [(torch.tensor([[1.0, 1.0]]), None)]
+    >>> moments = samkern.sharpness.hessian_moments(model, lambda out, _: out.square().mean(), data, probes=100)
+    >>> str(moments.trace), str(moments.frobenius)  # 4, 4
+    ('3.60 +- 0.40', '3.79 +- 0.21')
+    """
+    at_least_int("probes", probes, 1)
+    one_of("product", product, PRODUCTS)
+    found: list[Tensor] = []
+    with problem(model, loss_fn, data, seed) as at, progress_bar(probes, "Hessian", "probe", progress) as done:
+        products = HessianProducts(at, product=product)
+        for first in range(0, probes, PROBES_AT_ONCE):
+            drawn = range(first, min(first + PROBES_AT_ONCE, probes))
+            signs = [products.flat(at.signs(draw)) for draw in drawn]
+            for v, image in zip(signs, products.of(signs), strict=True):
+                found.append(torch.stack([inner(v, image), inner(image, image)]))
+            done(len(drawn))
+        traces, squares = torch.stack(found).T.tolist()  # read from the device at once
+    square = Measurement.mean(squares)
+    root = math.sqrt(square.value)
+    error = square.standard_error / (2 * root) if root > 0 else square.standard_error
+    return HessianMoments(Measurement.mean(traces), Measurement(root, error, tuple(map(math.sqrt, squares))))
+
+
+def hessian_trace(
+    model: nn.Module,
+    loss_fn: LossFn,
+    data: Iterable[tuple[Any, Any]],
+    *,
+    probes: int = 30,
+    product: str = "exact",
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Measurement:
+    """The trace alone: see ``hessian_moments``, which has the Frobenius norm from the same products.
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)  # loss = mean of (w x)^2, x = (2, 0): Hessian diag(8, 0)
+    >>> data = [(torch.tensor([[2.0, 0.0]]), None)]
+    >>> samkern.sharpness.hessian_trace(model, lambda out, _: out.square().mean(), data, probes=3).value
+    8.0
+    """
+    return hessian_moments(model, loss_fn, data, probes=probes, product=product, seed=seed, progress=progress).trace
+
+
+def hessian_frobenius(
+    model: nn.Module,
+    loss_fn: LossFn,
+    data: Iterable[tuple[Any, Any]],
+    *,
+    probes: int = 30,
+    product: str = "exact",
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Measurement:
+    """The Frobenius norm alone: see ``hessian_moments``, which has the trace from the same products.
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)  # loss = mean of (w x)^2, x = (2, 0): Hessian diag(8, 0)
+    >>> data = [(torch.tensor([[2.0, 0.0]]), None)]
+    >>> samkern.sharpness.hessian_frobenius(model, lambda out, _: out.square().mean(), data, probes=3).value
+    8.0
+    """
+    return hessian_moments(model, loss_fn, data, probes=probes, product=product, seed=seed, progress=progress).frobenius
