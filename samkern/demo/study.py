@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch.optim import SGD, Optimizer
 from tqdm import tqdm
 
 from ..fisher import SampleLosses
+from ..history import History
 from ..losses import MESALoss, SAFLoss
 from ..optim import (
     AESAM,
@@ -38,9 +40,11 @@ from ..optim import (
     LookLayerSAM,
     LookSAM,
     SAMk,
+    SharpnessAware,
 )
 from ..optim.averaging import WeightAverage
 from ..reestimate import update_bn
+from ..reporting import RunFolder, slug
 from ..sharpness import top_eigenvalue
 from ..undisturbed import unchanged_buffers
 
@@ -161,7 +165,7 @@ class Run:
     """One training run.
 
     ``kinds``: how many steps took how many forward-backward pairs. ``curve``: pairs so far and test accuracy in per cent,
-    after every second epoch.
+    after every second epoch. ``folder``: where it is on record.
     """
 
     seed: int
@@ -170,6 +174,7 @@ class Run:
     eigenvalue: float
     kinds: Counter[int]
     curve: list[tuple[int, float]]
+    folder: Path | None = None
 
     @property
     def pairs(self) -> int:
@@ -234,12 +239,13 @@ def make_net(seed: int) -> nn.Sequential:
 
 
 @torch.no_grad()
-def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Share of right answers in per cent, in evaluation mode."""
+def score(net: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Mean loss, and share of right answers in per cent, in evaluation mode."""
     net.eval()
-    right: float = (net(x).argmax(1) == y).double().mean().item() * 100
+    answers = net(x)
     net.train()
-    return right
+    right: float = (answers.argmax(1) == y).double().mean().item() * 100
+    return functional.cross_entropy(answers, y).item(), right
 
 
 def own_average(_: Task, opt: Optimizer) -> WeightAverage:
@@ -271,7 +277,8 @@ def mesa(decay: float, **options: Any) -> Callable[[Task, Optimizer], MESALoss]:
 class Fit:
     """Training of a net: SGD-momentum with cosine decay as the base, batches in an order that depends on the seed alone.
 
-    ``kinds`` counts steps by the forward-backward pairs that they took.
+    ``kinds`` counts steps by the forward-backward pairs that they took; ``seconds`` are those in steps; ``losses`` has that of
+    the first pass of each step.
     """
 
     def __init__(self, entry: Entry, net: nn.Module, data: Digits, epochs: int, seed: int) -> None:
@@ -288,14 +295,18 @@ class Fit:
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.opt, n_steps)
         self._generator = torch.Generator().manual_seed(1000 + seed)
         self.kinds: Counter[int] = Counter()
+        self.seconds = 0.0
+        self.losses: list[float] = []
 
-    def run(self) -> Iterator[int]:
+    def run(self, history: History | None = None) -> Iterator[int]:
         """Trains, and yields the pairs so far after every epoch."""
         for epoch in range(self.epochs):
             if self._loss is not None:
                 self._loss.epoch = epoch
             for indices in torch.split(torch.randperm(len(self._y), generator=self._generator), BATCH):
                 self.step(indices)
+                if history is not None:
+                    history.record()
             yield sum(pairs * steps for pairs, steps in self.kinds.items())
 
     def step(self, indices: Tensor) -> tuple[float, list[float]]:
@@ -308,6 +319,7 @@ class Fit:
         seconds = time.perf_counter() - start
         self._schedule.step()
         self.kinds[len(spent)] += 1
+        self.seconds += seconds
         return seconds, spent
 
     @contextlib.contextmanager
@@ -335,32 +347,60 @@ class Fit:
                 loss = functional.cross_entropy(logits, y)
             loss.backward()  # type: ignore[no-untyped-call]
             value = loss.item()
+            if indices is not None and not spent:
+                self.losses.append(value)
             spent.append(time.perf_counter() - start)
             return value
 
         return closure
 
 
-def train(entry: Entry, setting: Setting, seed: int, progress: tqdm[Any]) -> Run:
-    """One run, tested after every second epoch and the last."""
+def train(entry: Entry, setting: Setting, seed: int, progress: tqdm[Any], runs: Path | None = None) -> Run:
+    """One run, tested after every second epoch and the last. ``runs``: a folder for its ``RunFolder``."""
     data, net = load(setting.noise, seed), make_net(seed)
     fit = Fit(entry, net, data, setting.epochs * entry.longer, seed)
+    folder = run_folder(entry, setting, seed, runs) if runs is not None else None
+    on_record = folder is not None and isinstance(fit.opt, SharpnessAware)
     curve = []
-    for epoch, pairs in enumerate(fit.run(), 1):
-        progress.update()
-        if epoch % 2 == 0 or epoch == fit.epochs:
-            with fit.tested():
-                curve.append((pairs, accuracy(net, data.test_x, data.test_y)))
-    third = (data.train_x[: N_TRAIN // 3], data.train_y[: N_TRAIN // 3])
+    with folder.history(fit.opt) if on_record else contextlib.nullcontext() as history:  # type: ignore[union-attr, arg-type]
+        for epoch, pairs in enumerate(fit.run(history), 1):
+            progress.update()
+            found: dict[str, float] = {}
+            if epoch % 2 == 0 or epoch == fit.epochs:
+                with fit.tested():
+                    found["test_loss"], found["test_accuracy"] = score(net, data.test_x, data.test_y)
+                    if epoch % 8 == 0 or epoch == fit.epochs:
+                        _, found["train_accuracy"] = score(net, data.train_x, data.train_y)
+                curve.append((pairs, found["test_accuracy"]))
+            if folder is not None:
+                steps = fit.kinds.total()
+                found["train_loss"] = statistics.fmean(fit.losses[-steps // epoch :])
+                folder.epoch(epoch, steps=steps, pairs=pairs, seconds=fit.seconds, **found)
     with fit.tested():
-        return Run(
-            seed=seed,
-            test_accuracy=curve[-1][1],
-            train_accuracy=accuracy(net, data.train_x, data.train_y),
-            eigenvalue=top_eigenvalue(net, functional.cross_entropy, [third], tol=1e-2),
-            kinds=fit.kinds,
-            curve=curve,
-        )
+        eigenvalue = top_eigenvalue(net, functional.cross_entropy, [third_of(data)], tol=1e-2)
+        if folder is not None:
+            folder.measure("top eigenvalue", eigenvalue)
+    return Run(
+        seed=seed,
+        test_accuracy=curve[-1][1],
+        train_accuracy=found["train_accuracy"],
+        eigenvalue=float(eigenvalue),
+        kinds=fit.kinds,
+        curve=curve,
+        folder=None if folder is None else folder.path,
+    )
+
+
+def run_folder(entry: Entry, setting: Setting, seed: int, runs: Path) -> RunFolder:
+    """Where a run is on record, in place of an earlier one."""
+    settings = {"epochs": setting.epochs * entry.longer, "wrong labels": setting.noise, "batch": BATCH, **BASE}
+    path = runs / f"{slug(entry.name)}-seed{seed}"
+    return RunFolder(path, method=entry.name, seed=seed, settings=settings, resume=False)
+
+
+def third_of(data: Digits) -> tuple[Tensor, Tensor]:
+    """Of the training data, which the curvature is that of."""
+    return data.train_x[: N_TRAIN // 3], data.train_y[: N_TRAIN // 3]
 
 
 def time_steps(rows: list[Row], setting: Setting, rounds: int = 80, warm_up: int = 10) -> None:
@@ -400,8 +440,8 @@ class Result:
     seconds: float
 
 
-def run(setting: Setting) -> Result:
-    """Every entry on every seed, with a progress bar over the epochs."""
+def run(setting: Setting, runs: Path | None = None) -> Result:
+    """Every entry on every seed, with a progress bar over the epochs. ``runs``: a folder to keep them in."""
     start = time.perf_counter()
     rows = [Row(entry) for entry in setting.entries]
     epochs = sum(entry.longer for entry in setting.entries) * len(setting.seeds) * setting.epochs
@@ -409,7 +449,7 @@ def run(setting: Setting) -> Result:
         for row in rows:
             for seed in setting.seeds:
                 progress.set_description(f"{row.entry.name}, seed {seed}")
-                row.runs.append(train(row.entry, setting, seed, progress))
+                row.runs.append(train(row.entry, setting, seed, progress, runs))
         progress.set_description("timing")
         time_steps(rows, setting)
     return Result(setting, rows, time.perf_counter() - start)
