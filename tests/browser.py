@@ -35,7 +35,9 @@ def page(browser):
     opened.on("console", lambda said: faults.append(f"console: {said.text}") if said.type == "error" else None)
     opened.on("pageerror", lambda error: faults.append(f"exception: {error}"))
     asked = ("file:", "data:", "blob:", "about:")
-    opened.on("request", lambda request: None if request.url.startswith(asked) else faults.append(f"asked {request.url}"))
+    opened.on(
+        "request", lambda request: None if request.url.startswith(asked) else faults.append(f"asked {request.url}")
+    )
     yield opened
     context.close()
     assert not faults

@@ -28,7 +28,9 @@ def take_steps(net, opt, history, n):
 
 @pytest.fixture
 def run(tmp_path):
-    return RunFolder(tmp_path / "looksam-seed3", method="LookSAM", seed=3, settings={"k": 2, "warm": None, "eta": math.inf})
+    return RunFolder(
+        tmp_path / "looksam-seed3", method="LookSAM", seed=3, settings={"k": 2, "warm": None, "eta": math.inf}
+    )
 
 
 def landscape():
@@ -198,7 +200,9 @@ def test_a_broken_file_is_named(run, name, content):
 
 
 def test_where_no_run_is(tmp_path):
-    with pytest.raises(NoRunsError, match=r"looked for run\.json, epochs\.csv, or a CSV file of a samkern\.history\.History"):
+    with pytest.raises(
+        NoRunsError, match=r"looked for run\.json, epochs\.csv, or a CSV file of a samkern\.history\.History"
+    ):
         read_runs(tmp_path)
     with pytest.raises(NoRunsError, match="is no folder"):
         read_runs([tmp_path / "nowhere"])

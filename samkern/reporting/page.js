@@ -55,7 +55,7 @@
     return {
       x: [...places, ...places.toReversed()].map((i) => line.x[i]),
       y: [...places.map((i) => line.y[i] + line.sd[i]), ...places.toReversed().map(low)],
-      mode: "lines", line: { width: 0 }, fill: "toself", fillcolor: faded(colorOf(line.m), 0.14), hoverinfo: "skip",
+      mode: "lines", line: { width: 0, color: colorOf(line.m) }, fill: "toself", fillcolor: faded(colorOf(line.m), 0.14), hoverinfo: "skip",
     };
   }
 
