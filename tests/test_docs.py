@@ -202,7 +202,18 @@ ARROWS = {  # a module may import from the left of itself only
     "landscape": {"extras", "progress", "reestimate", "sharpness", "undisturbed"},
     "reporting": {"backends", "extras", "history", "landscape", "optim", "sharpness"},
     "demo": {
-        *("backends", "fisher", "history", "landscape", "losses", "optim", "reestimate", "reporting", "sharpness"),
+        *(
+            "backends",
+            "extras",
+            "fisher",
+            "history",
+            "landscape",
+            "losses",
+            "optim",
+            "reestimate",
+            "reporting",
+            "sharpness",
+        ),
         "undisturbed",
     },
 }

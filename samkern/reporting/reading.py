@@ -102,8 +102,8 @@ def read_runs(folders: Folders) -> list[Run]:
         NoRunsError: there is none.
         UnreadableRunError: a file of one cannot be read.
 
-    >>> samkern.RunFolder("runs/sgd-seed0", method="SGD", seed=0).epoch(1, test_accuracy=80.0)
-    >>> [run.method for run in samkern.reporting.read_runs("runs")]
+    >>> samkern.RunFolder("all/sgd-seed0", method="SGD", seed=0).epoch(1, test_accuracy=80.0)
+    >>> [run.method for run in samkern.reporting.read_runs("all")]
     ['SGD']
     """
     asked = [Path(folders)] if isinstance(folders, (str, os.PathLike)) else [Path(folder) for folder in folders]
