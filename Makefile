@@ -8,6 +8,8 @@ TORCH ?= 2.13.0
 # Where torch came without one. Not in constraints.txt: CUDA builds of torch bring the one that they need.
 TRITON ?= 3.9.0
 VENV ?= .venv
+# Tests compare our Hessians with this library's. Not by the extra dev: it would bring a torchvision for another torch.
+CURVLINOPS := curvlinops-for-pytorch backpack-for-pytorch einconv einops linear_operator opt_einsum unfoldNd
 
 ifeq ($(strip $(VENV)),)
 RUN := PYTHONPATH=$(CURDIR) $(PYTHON)
@@ -31,6 +33,7 @@ $(VENV)/installed-%: pyproject.toml constraints.txt setup.py $(wildcard csrc/*) 
 	$(VENV)/bin/python -m pip install --quiet --no-build-isolation -e '.[dev]' torch==$* -c constraints.txt
 	$(VENV)/bin/python -c 'import triton' 2>/dev/null || test "$$(uname)" != Linux || \
 		$(VENV)/bin/python -m pip install --quiet triton==$(TRITON)
+	$(VENV)/bin/python -m pip install --quiet --no-deps $(CURVLINOPS) -c constraints.txt
 	rm -f $(VENV)/installed-* && touch $@
 
 build-in-place:

@@ -6,7 +6,7 @@ counts that has ``weight``, ``lora_A``, ``lora_B`` (parameters, or linear module
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -223,6 +223,28 @@ def all_factors(model: nn.Module) -> list[Factors]:
         for f in _active_factors(f"layer {name!r}", layer)
     ]
     return found or _none_found()
+
+
+def factor_pairs(name: str, given: nn.Module | Iterable[Any]) -> list[tuple[Tensor, Tensor]]:
+    """Factors that enter a model by their product: ``(a, b)`` of a model's adapters, or of those given, or pairs as given.
+
+    ``name``: of the argument, for messages.
+
+    Raises:
+        ValueError: there are none.
+        TypeError: one is no pair.
+    """
+    entries: list[Any] = list(all_factors(given) if isinstance(given, nn.Module) else given)
+    if not entries:
+        raise ValueError(f"{name} has no pair: pass [(x, y), ...], adapters, or a model that has some")
+    pairs = []
+    for i, entry in enumerate(entries):
+        has_names = hasattr(entry, "a") and hasattr(entry, "b")
+        pair = (entry.a, entry.b) if has_names else entry
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(p, Tensor) for p in pair):
+            raise TypeError(f"pair {i} must be two tensors (x, y) or a samkern.Adapter, got {entry!r}")
+        pairs.append((pair[0], pair[1]))
+    return pairs
 
 
 def _none_found() -> Any:

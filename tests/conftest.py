@@ -29,6 +29,8 @@ ABOVE_THE_PLAN = {
     **dict.fromkeys(("test_state.py", "test_faults.py", "test_step.py", "test_theory.py"), 4),
     **dict.fromkeys(("test_averaging.py", "test_lpf.py", "test_swad.py"), 16),
 }
+# Kernels that Triton's interpreter has cells of its own for, in triton_*_interpreted.py.
+WITH_CELLS_OF_ITS_OWN = dict.fromkeys(("test_masks.py", "test_noise.py", "test_average.py"), 2)
 _taken = collections.Counter()  # tests by backend
 _left_out = []  # ids of tests
 
@@ -92,7 +94,7 @@ def thinned(items):
     The emulator takes a diagonal of each grid of methods and bases, so that every method and every base has its turn, and so
     does the reference, which every other backend is compared with. Of files about what is decided above the plan both take
     one cell in three of what is left. Triton's interpreter, many times slower, takes one cell of each test, another one in
-    every test, and of those files some tests only.
+    every test, and of those files and of kernels that it has other cells for some tests only.
     """
     cells = collections.defaultdict(list)
     above = collections.Counter()  # by backend
@@ -111,7 +113,7 @@ def thinned(items):
         else:
             yield item
     for i, ((path, _), same_test) in enumerate(cells.items()):
-        if i % ABOVE_THE_PLAN.get(path.name, 1) == 0:
+        if i % {**ABOVE_THE_PLAN, **WITH_CELLS_OF_ITS_OWN}.get(path.name, 1) == 0:
             yield same_test[i % len(same_test)]
 
 

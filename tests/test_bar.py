@@ -381,7 +381,7 @@ def test_remove_ends_it(ours):
     opt, plain = Adam(problem.pair, lr=0.1), Adam(twin.pair, lr=0.1)
     if ours:
         opt, plain = samkern.MSAM(None, opt), samkern.MSAM(None, plain)
-    samkern.BAR(opt, [problem.pair], decay="constant", a=1.0).remove()
+    samkern.BAR(opt, [problem.pair], decay="constant", a=1.0).detach()
     for _ in range(2):
         for one, its_opt in ((problem, opt), (twin, plain)):
             if ours:
@@ -426,7 +426,7 @@ def test_copies_with_their_optimizer_go_on(how, removed):
     opt = SGD([x, y], lr=0.1)
     bar = samkern.BAR(opt, [(x, y)], decay="constant")
     if removed:
-        bar.remove()
+        bar.detach()
     x, y, opt, other = how((x, y, opt, bar))
     x.grad, y.grad = torch.ones_like(x), torch.zeros_like(y)
     opt.step()

@@ -198,7 +198,9 @@ ARROWS = {  # a module may import from the left of itself only
     "losses": {"archive", "optim", "undisturbed"},
     "reestimate": {"optim"},
     "integrations": {"optim", "shards"},
-    "sharpness": {"ops", "philox", "progress", "reference", "reference_noise", "shards", "undisturbed"},
+    "sharpness": {
+        *("lora", "ops", "optim", "philox", "progress", "reference", "reference_noise", "shards", "undisturbed"),
+    },
     "landscape": {"extras", "progress", "reestimate", "sharpness", "undisturbed"},
     "reporting": {"backends", "extras", "history", "landscape", "optim", "sharpness"},
     "demo": {

@@ -7,8 +7,7 @@ not ours, it is one more over weights and averages.
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +20,7 @@ from ..reference import average_gain, math_dtype
 from ..shards import is_sharded, like, local, locals_of, spread_as
 from ..tensors import DTYPES, describe, is_capturing
 from ..undisturbed import unchanged_buffers
+from .attached import Attached
 from .checks import at_least_int, between
 from .companion import RunningAverage, within_wrappers
 from .eager import eager
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .loop import StepLoop
 
 
-class WeightAverage(RunningAverage):
+class WeightAverage(Attached, RunningAverage):
     """What all averages share: which steps are taken in, swapping, checkpoints. ``EMA``, ``SWA`` and ``SWAD`` are public.
 
     It belongs to the optimizer that it was made for, whose steps drive it, until ``detach()``. It covers all parameters of the
@@ -40,6 +40,8 @@ class WeightAverage(RunningAverage):
 
     ``copy.deepcopy`` and pickle take the optimizer along: copy the two together, with the model.
     """
+
+    _made_anew = ("_until_out",)
 
     def __init__(
         self, optimizer: Optimizer, decay: float | None = None, warmup: bool = False, start: int = 0, every: int = 1
@@ -53,7 +55,6 @@ class WeightAverage(RunningAverage):
         self._joined: list[Tensor] = []  # parameters whose averages have been made for the step under way
         self._aside: dict[Tensor, Tensor] | None = None  # the weights, while their averages are swapped in
         self._until_out = contextlib.ExitStack()
-        self._handles: list[RemovableHandle] = []
         inner = within_wrappers(optimizer)
         params = parameters_of(inner)
         for i, p in enumerate(params):
@@ -62,22 +63,13 @@ class WeightAverage(RunningAverage):
                     f"{describe(params, i)}: {p.layout} {p.dtype} cannot be averaged; use a dense real parameter"
                 )
         self._taken = torch.zeros(1, dtype=torch.int64, device=params[0].device if params else "cpu")
-        self._is_attached = True
-        self._belong_to(inner)
+        self.attach_to(inner)
 
-    def _belong_to(self, optimizer: Optimizer) -> None:
-        self._optimizer: Callable[[], Optimizer | None] = weakref.ref(
-            optimizer
-        )  # which refers to us: not a cycle, that would hold weights until it is found
-        if not self._is_attached:
-            return
-        if isinstance(optimizer, SharpnessAware):
-            optimizer.attach(self)
-        else:
-            self._handles = [
-                optimizer.register_step_pre_hook(lambda *_: self.before_step()),
-                optimizer.register_step_post_hook(lambda *_: self._after_step()),
-            ]
+    def _hooks_into(self, optimizer: Optimizer) -> list[RemovableHandle]:
+        return [
+            optimizer.register_step_pre_hook(lambda *_: self.before_step()),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+        ]
 
     def check(self, opt: StepLoop) -> None:
         """Raises ``ValueError`` if ``opt`` is for graphs, and only some steps are taken in."""
@@ -86,15 +78,6 @@ class WeightAverage(RunningAverage):
                 f"capturable=True does not go with {type(self).__name__}(start={self._start}, every={self._every}): a graph "
                 "takes its weights in in every replay, or in none; attach it when it shall begin, with every=1"
             )
-
-    def detach(self) -> None:
-        """Further steps of the optimizer are not taken in. What has been can still be used."""
-        optimizer = self._optimizer()
-        if isinstance(optimizer, SharpnessAware):
-            optimizer.detach(self)
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._is_attached = [], False
 
     # ---- taking weights in
 
@@ -328,14 +311,10 @@ class WeightAverage(RunningAverage):
 
     def __getstate__(self) -> dict[str, Any]:
         self.require_out("copying or pickling")
-        state = {name: value for name, value in vars(self).items() if name not in ("_handles", "_until_out")}
-        return {**state, "_optimizer": self._optimizer()}
+        return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        optimizer = state["_optimizer"]
-        vars(self).update({**state, "_handles": [], "_until_out": contextlib.ExitStack(), "_optimizer": lambda: None})
-        if optimizer is not None:
-            self._belong_to(optimizer)
+        super().__setstate__({**state, "_until_out": contextlib.ExitStack()})
 
 
 class EMA(WeightAverage):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +12,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .. import ops
-from ..lora import Adapter, all_factors
+from ..lora import Adapter, factor_pairs
 from ..options import Scaling
 from ..reference import finite
 from ..shards import locals_of
+from .attached import Attached
 from .checks import at_least, at_least_int, one_of
-from .companion import Companion, within_wrappers
-from .engine import SharpnessAware
+from .companion import within_wrappers
 from .gradients import inverse_sq
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 _LARGEST = 0.5  # of what a factor changes in a step, relative to itself
 
 
-class BAR(Companion):
+class BAR(Attached):
     """Balancedness-aware regularisation of factors x, y that enter a model by their product, as A and B of an adapter do.
 
     SAM's second pass changes how a norm is shared between x and y. This does the same by a term
@@ -53,7 +52,7 @@ class BAR(Companion):
 
     A pair of which a gradient is missing stays as it is; so do all in a step that is skipped. ``state_dict()`` is to be saved
     beside the optimizer's, which knows nothing of this; ``copy.deepcopy`` and pickle take the optimizer along: copy the two
-    together, with the model. ``remove()`` ends it. In half-precision factors, changes below half
+    together, with the model. ``detach()`` ends it. In half-precision factors, changes below half
     a unit in the last place vanish.
 
     Raises:
@@ -72,6 +71,7 @@ class BAR(Companion):
     """
 
     writes_weights = True
+    _made_anew = ("_lrs",)
 
     def __init__(
         self,
@@ -97,37 +97,13 @@ class BAR(Companion):
         self._pairs = _pairs(pairs_or_model)
         self._lrs: tuple[list[float], Tensor] | None = None
         self._learning_rates(optimizer)
-        self._is_attached = True
-        self._belong_to(optimizer)
+        self.attach_to(optimizer)
 
-    def _belong_to(self, optimizer: Optimizer) -> None:
-        self._optimizer: Callable[[], Optimizer | None] = weakref.ref(optimizer)  # which holds us
-        self._hook: RemovableHandle | None = None
-        if not self._is_attached:
-            return
-        if isinstance(optimizer, SharpnessAware):
-            optimizer.attach(self)
-        else:
-            self._hook = optimizer.register_step_pre_hook(self._before_step)
-
-    def remove(self) -> None:
-        """Ends it: the optimizer goes on without."""
-        optimizer = self._optimizer()
-        if self._hook is not None:
-            self._hook.remove()
-        elif isinstance(optimizer, SharpnessAware):
-            optimizer.detach(self)
-        self._is_attached = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in vars(self).items() if name not in ("_hook", "_lrs")}
-        return {**state, "_optimizer": self._optimizer()}
+    def _hooks_into(self, optimizer: Optimizer) -> list[RemovableHandle]:
+        return [optimizer.register_step_pre_hook(self._before_step)]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        optimizer = state["_optimizer"]
-        vars(self).update({**state, "_hook": None, "_lrs": None, "_optimizer": lambda: None})
-        if optimizer is not None:
-            self._belong_to(optimizer)
+        super().__setstate__({**state, "_lrs": None})
 
     def state_dict(self) -> dict[str, Any]:
         """How many steps there have been."""
@@ -227,16 +203,7 @@ class BAR(Companion):
 
 
 def _pairs(given: nn.Module | Iterable[Any]) -> list[tuple[Tensor, Tensor]]:
-    entries: list[Any] = list(all_factors(given) if isinstance(given, nn.Module) else given)
-    if not entries:
-        raise ValueError("pairs_or_model has no pair: pass [(x, y), ...], adapters, or a model that has some")
-    pairs = []
-    for i, entry in enumerate(entries):
-        has_names = hasattr(entry, "a") and hasattr(entry, "b")
-        pair = (entry.a, entry.b) if has_names else entry
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(p, Tensor) for p in pair):
-            raise TypeError(f"pair {i} must be two tensors (x, y) or a samkern.Adapter, got {entry!r}")
-        pairs.append((pair[0], pair[1]))
+    pairs = factor_pairs("pairs_or_model", given)
     of_all = [p for pair in pairs for p in pair]
     if len(set(of_all)) < len(of_all):
         raise ValueError("a factor is in several pairs, whose balances would go against each other: give it once")

@@ -37,6 +37,21 @@ class Measurement:
         return cls(statistics.fmean(parts), _error_of_mean(parts), parts)
 
     @classmethod
+    def weighted_mean(cls, parts: Iterable[float], sizes: Iterable[float]) -> Measurement:
+        """The mean of parts that stand for so many samples each, as batches do that are not equally large.
+
+        >>> samkern.sharpness.Measurement.weighted_mean([1.0, 4.0], [2, 1]).value
+        2.0
+        """
+        parts, sizes = tuple(parts), tuple(sizes)
+        shares = [size / sum(sizes) for size in sizes]
+        value = sum(share * part for share, part in zip(shares, parts, strict=True))
+        if len(parts) < 2 or not all(map(math.isfinite, parts)):
+            return cls(value, math.nan, parts)
+        variance = sum((share * (part - value)) ** 2 for share, part in zip(shares, parts, strict=True))
+        return cls(value, math.sqrt(variance * len(parts) / (len(parts) - 1)), parts)
+
+    @classmethod
     def median(cls, parts: Iterable[float]) -> Measurement:
         """Their median; the standard error is that of normal numbers, ``sqrt(pi / 2)`` times that of the mean.
 

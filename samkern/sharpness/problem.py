@@ -22,6 +22,8 @@ from ..undisturbed import evaluating, random_numbers, unchanged_buffers, unwrapp
 LossFn = Callable[[Any, Any], Tensor]
 Weights = Sequence[Tensor]
 
+BLOCKS_AT_ONCE = 1 << 18  # of random words, whose arithmetic takes 100 bytes an entry
+
 
 class Batch(NamedTuple):
     """Inputs, targets, and how many samples they are."""
@@ -29,6 +31,16 @@ class Batch(NamedTuple):
     x: Any
     y: Any
     n: int
+
+    def part(self, begin: int, end: int) -> Batch:
+        """Samples ``begin`` to ``end - 1``: these rows of all tensors that have a row for each sample."""
+        rows = slice(begin, end)
+        x, y = tree_map(lambda part: part[rows] if self.has_rows(part) else part, (self.x, self.y))
+        return Batch(x, y, len(range(self.n)[rows]))
+
+    def has_rows(self, part: Any) -> bool:
+        """Whether it is a tensor with a row for each sample."""
+        return isinstance(part, Tensor) and part.dim() > 0 and part.shape[0] == self.n
 
 
 class Problem:
@@ -101,6 +113,14 @@ class Problem:
             ValueError: the loss does not depend on the weights.
         """
         batches = self.batches if batches is None else batches
+        values, total = self.losses_and_gradient(weights, batches)
+        return self.mean_over(values, batches), total
+
+    def losses_and_gradient(
+        self, weights: Weights | None = None, batches: Sequence[Batch] | None = None
+    ) -> tuple[list[float], list[Tensor]]:
+        """The same, with the mean loss of each batch."""
+        batches = self.batches if batches is None else batches
         leaves = self.leaves(weights)
         total, n = [torch.zeros_like(w, dtype=math_dtype(w.dtype)) for w in leaves], sum(batch.n for batch in batches)
         values = []
@@ -110,7 +130,7 @@ class Problem:
                 for sum_of, g in zip(total, self.differentiated(loss, leaves), strict=True):
                     sum_of.add_(g if g.layout == torch.strided else g.to_dense(), alpha=batch.n / n)
                 values.append(loss.detach().double())
-        return self.mean_over(torch.stack(values).tolist(), batches), total
+        return torch.stack(values).tolist(), total
 
     def differentiated(self, loss: Tensor, leaves: Weights, create_graph: bool = False) -> tuple[Tensor, ...]:
         """Gradients of ``loss``, zeros where a weight takes no part.
@@ -143,15 +163,11 @@ class Problem:
         return (measure_words(q, draw, self.seed)[0, 0].item() + 0.5) * 2.0**-32
 
     def _drawn(self, draw: int, made_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        drawn, first = [], 0
-        for w in self.weights:
-            begin, end = first // 4, (first + w.numel() + 3) // 4
-            q = torch.arange(begin, end, dtype=torch.int64, device=w.device)
-            numbers = made_of(measure_words(q, draw, self.seed))
-            part = numbers[first - 4 * begin :][: w.numel()].view(w.shape)
-            drawn.append(torch.empty_like(w).copy_(part))  # in the weight's memory format and dtype
-            first += w.numel()
-        return drawn
+        blocks = torch.arange((self.n_entries + 3) // 4, dtype=torch.int64, device=self.device)
+        numbers = torch.cat([made_of(measure_words(q, draw, self.seed)) for q in torch.split(blocks, BLOCKS_AT_ONCE)])
+        parts = torch.split(numbers[: self.n_entries], [w.numel() for w in self.weights])
+        # In the weight's memory format and dtype.
+        return [torch.empty_like(w).copy_(part.view(w.shape)) for w, part in zip(self.weights, parts, strict=True)]
 
 
 @contextmanager
@@ -187,7 +203,8 @@ def problem(model: nn.Module, loss_fn: LossFn, data: Iterable[tuple[Any, Any]], 
     with ExitStack() as stack:
         stack.enter_context(_unmoved_generators())
         stack.enter_context(random_numbers(seed, params[0].device))
-        batches = [_batch(item, params[0].device) for item in data]
+        read = [_batch(item, params[0].device) for item in data]
+        batches = [batch for batch in read if batch.n > 0]  # the mean loss of no sample is NaN
         if not batches:
             raise ValueError("data is empty: give at least one batch (x, y); an iterator can be read only once")
         stack.enter_context(evaluating(model))
