@@ -249,6 +249,10 @@
       for (const name of ["xaxis", "yaxis", "zaxis"]) more.scene[name] = { ...axis(more.scene[name]), automargin: undefined, backgroundcolor: "rgba(0,0,0,0)" };
       if (camera) more.scene.camera = camera;
     }
+    if (stage.clientWidth < 500) { // the scale above, and the camera further away: as wide as there is room
+      for (const trace of figure.data) if (trace.colorbar) Object.assign(trace.colorbar, { orientation: "h", x: 0.5, xanchor: "center", y: 1.02, yanchor: "bottom", thickness: 8, len: 0.9 });
+      if (more.scene && !camera) for (const name of "xyz") more.scene.camera.eye[name] *= 1.95;
+    }
     const margin = more.scene ? { l: 0, r: 0, t: 36, b: 0 } : { l: 60, r: 20, t: 24, b: 56 };
     const dragmode = more.scene ? "turntable" : coarse ? false : "zoom";
     Plotly.newPlot(stage, figure.data, layout({ margin, ...more, dragmode, showlegend: chosen === "line" && figure.data.length > 1, legend: { orientation: "h", y: 1.08 } }), config).then(() => {

@@ -84,6 +84,7 @@ def page(runs: Sequence[Run], title: str | None = None) -> str:
             highlights=comparison.highlights(groups),
             methods=methods(groups),
             table=comparison.table(groups),
+            seeds_differ=len({len(one.runs) for one in groups}) > 1,
             several_seeds=any(len(one.runs) > 1 for one in groups),
             charts=drawn,
             measures=measures(groups),

@@ -114,8 +114,9 @@ def _surface(landscape: Landscape, scale: Scale) -> dict[str, Any]:
 
 
 def _contour(landscape: Landscape, scale: Scale) -> dict[str, Any]:
+    assert landscape.b is not None
     places = _places(scale)
-    low, high = places[0], places[-1]
+    lowest, highest = places[0], places[-1]
     contour = {
         "type": "contour",
         "x": numbers(landscape.a),
@@ -123,12 +124,20 @@ def _contour(landscape: Landscape, scale: Scale) -> dict[str, Any]:
         "z": numbers(scale.of(landscape.loss).T),
         "customdata": numbers(landscape.loss.T),  # type: ignore[union-attr]
         "hovertemplate": "%{x:.3g}, %{y:.3g}: loss %{customdata:.4g}<extra></extra>",
-        "contours": {"start": digits(low), "end": digits(high), "size": digits((high - low) / (N_LEVELS - 1))},
+        "contours": {
+            "start": digits(lowest),
+            "end": digits(highest),
+            "size": digits((highest - lowest) / (N_LEVELS - 1)),
+        },
         "line": {"width": 0.5, "color": "rgba(255,255,255,0.6)"},
         **_coloured(scale, "z"),
     }
     a, b = landscape.labels
-    axes = {"xaxis": {"title": {"text": text(a)}}, "yaxis": {"title": {"text": text(b)}}}
+    axes: dict[str, Any] = {"xaxis": {"title": {"text": text(a)}}, "yaxis": {"title": {"text": text(b)}}}
+    wide, high = (float(abs(axis[-1] - axis[0])) for axis in (landscape.a, landscape.b))
+    if max(wide, high) < 3 * min(wide, high):  # circles are circles, where that leaves enough to see
+        axes["xaxis"]["constrain"] = axes["yaxis"]["constrain"] = "domain"
+        axes["yaxis"]["scaleanchor"] = "x"
     return {"data": [contour, *_path(landscape)], "layout": axes}
 
 
