@@ -210,6 +210,9 @@ def test_one_file_refers_to_itself_only(path):
 def test_the_same_runs_give_the_same_page(runs, path, tmp_path):
     again = samkern.report([runs], tmp_path / "again.html", title="A comparison")
     assert again.read_bytes() == path.read_bytes()
+    before = path.stat().st_mtime_ns
+    assert samkern.report((folder for folder in [runs]), title="A comparison") == path
+    assert path.stat().st_mtime_ns > before
 
 
 def test_what_is_not_there_is_left_out(tmp_path):

@@ -50,9 +50,9 @@ def report(folders: Folders, out: str | os.PathLike[str] | None = None, title: s
     >>> samkern.report("runs", title="A first look").name
     'report.html'
     """
-    runs = read_runs(folders)
-    first = folders if isinstance(folders, (str, os.PathLike)) else next(iter(folders))
-    return write_text(Path(out) if out is not None else Path(first) / "report.html", page(runs, title))
+    asked = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
+    text = page(read_runs(asked), title)
+    return write_text(Path(out) if out is not None else Path(asked[0]) / "report.html", text)
 
 
 def page(runs: Sequence[Run], title: str | None = None) -> str:
