@@ -24,8 +24,9 @@ from samkern.sharpness import Measurement
 
 @pytest.fixture
 def short(monkeypatch):
-    """No eigenvalues, and times that are no measurements."""
+    """No eigenvalues, coarse landscapes, and times that are no measurements."""
     monkeypatch.setattr(study, "top_eigenvalue", lambda *arguments, **options: Measurement(1.0))
+    monkeypatch.setattr(study, "LANDSCAPE_POINTS", 3)
     monkeypatch.setattr(study, "time_steps", functools.partial(study.time_steps, rounds=4, warm_up=1))
 
 
@@ -57,14 +58,19 @@ def test_one_epoch_of_everything(tmp_path, capsys):
     assert "Digits with 20 % wrong training labels" in page.read_text()
     runs = read_runs(tmp_path / "runs")
     assert [run.name for run in runs] == [f"{slug(e.name)}-seed{seed}" for e in study.ENTRIES for seed in (0, 1)]
+    plain = [entry.name for entry in study.ENTRIES if entry.make is study.sgd]  # torch's optimizers have no history
     for run, row in zip(runs, (row for row in content["rows"] for _ in range(2)), strict=True):
         last = run.epochs[-1]
         (curve,) = (of["curve"] for of in row["runs"] if of["seed"] == run.seed)
         assert [last["pairs"], last["test_accuracy"]] == curve[-1]
         assert last["steps"] == (len(run.steps) or last["steps"])
-        assert bool(run.steps) == (not run.method.startswith("SGD"))
+        assert bool(run.steps) == (run.method not in plain)
         assert 0 < last["train_loss"] < 5
         assert run.measures["top eigenvalue"].value == 1.0
+        assert run.measures["fisher rao"].value > 0
+    pictured = [entry.name for entry in study.ENTRIES if entry.pictured]
+    assert [run.method for run in runs if run.landscapes] == pictured
+    assert all(run.seed == 0 for run in runs if run.landscapes)
 
 
 def test_missing_packages_are_told_before_the_training(tmp_path, monkeypatch):
