@@ -403,8 +403,9 @@ def train(entry: Entry, setting: Setting, seed: int, progress: tqdm[Any], runs: 
         eigenvalue = top_eigenvalue(net, functional.cross_entropy, third, tol=1e-2, progress=False)
         if folder is not None:
             folder.measure("top eigenvalue", eigenvalue)
-            found_flat = flatness(net, functional.cross_entropy, third, MEASURES, progress=False)
-            folder.measures({name.replace("_", " "): value for name, value in found_flat.items()})
+            batches = list(zip(*(part.split(100) for part in third[0]), strict=True))
+            others = flatness(net, functional.cross_entropy, batches, MEASURES, progress=False)
+            folder.measures({name.replace("_", " "): value for name, value in others.items()})
         if folder is not None and entry.pictured and seed == setting.seeds[0]:
             around_it = surface(
                 net, functional.cross_entropy, third, points=LANDSCAPE_POINTS, title=entry.name, progress=False

@@ -141,7 +141,7 @@ def measures(groups: Sequence[Group]) -> dict[str, Any]:
     for place, (one, row) in enumerate(zip(groups, found, strict=True)):
         cells = [
             {
-                "text": None if m is None else str(m).replace("+-", "±"),
+                "text": None if m is None else str(m).replace("+-", "±").removesuffix(" ± ?"),
                 "sort": m.value if m is not None and comparison.is_number(m.value) else None,
                 "best": m is not None and m.value == low,
             }
