@@ -403,7 +403,7 @@ def train(entry: Entry, setting: Setting, seed: int, progress: tqdm[Any], runs: 
         eigenvalue = top_eigenvalue(net, functional.cross_entropy, third, tol=1e-2, progress=False)
         if folder is not None:
             folder.measure("top eigenvalue", eigenvalue)
-            batches = list(zip(*(part.split(100) for part in third[0]), strict=True))
+            batches = list(zip(*(torch.split(part, 100) for part in third[0]), strict=True))
             others = flatness(net, functional.cross_entropy, batches, MEASURES, progress=False)
             folder.measures({name.replace("_", " "): value for name, value in others.items()})
         if folder is not None and entry.pictured and seed == setting.seeds[0]:
