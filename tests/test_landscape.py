@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import re
 import warnings
 
@@ -18,7 +19,7 @@ from samkern.landscape import Landscape
 from samkern.sharpness.problem import problem
 
 from .browser import page  # noqa: F401
-from .lists import BF16, FP32, same_bits
+from .lists import BF16, FP32, same_bits, seeded
 from .oracles import landscape as oracle
 from .problems import batch, make_net
 
@@ -366,19 +367,20 @@ def test_resumed_after_an_interrupt(tmp_path, parallel):
     net, path, calls_a_point = make_net(), tmp_path / "deep" / "surface.npz", 2
     options = {"points": 3, "parallel": parallel, "file": path}
     whole = landscape.surface(net, Interrupted(), DATA, **{**options, "file": None})
-    first = Interrupted(after=calls_a_point * (4 if parallel == 1 else 1) + 1)
+    probe = 1  # batch, by which a changed model or loss is found out
+    first = Interrupted(after=probe + calls_a_point * (4 if parallel == 1 else 1) + 1)
     with pytest.raises(KeyboardInterrupt):
         landscape.surface(net, first, DATA, **options)
     part = Landscape.load(path)
     assert np.isfinite(part.loss).sum() == 4
     second = Interrupted()
     found = landscape.surface(net, second, DATA, **options)
-    assert second.calls == calls_a_point * (5 if parallel == 1 else 2)
+    assert second.calls == probe + calls_a_point * (5 if parallel == 1 else 2)
     assert np.array_equal(found.loss, whole.loss)
     assert np.array_equal(found.accuracy, whole.accuracy)
     third = Interrupted()
     assert np.array_equal(landscape.surface(net, third, DATA, **options).loss, whole.loss)
-    assert third.calls == 0
+    assert third.calls == probe
     assert np.array_equal(Landscape.load(path).loss, whole.loss)
     assert not list(tmp_path.glob("**/*.tmp"))
 
@@ -393,7 +395,7 @@ def test_a_nan_is_not_computed_again(tmp_path):
     for _ in range(2):
         found = landscape.line(Plane(), loss, ON_PLANE["data"], direction=AXES[0], points=3, file=tmp_path / "x.npz")
         assert np.isnan(found.loss).all()
-    assert len(calls) == 3
+    assert len(calls) == 3 + 2  # twice a batch to see that it is the same landscape
 
 
 def test_a_file_of_something_else(tmp_path):
@@ -417,6 +419,111 @@ def test_a_file_of_something_else(tmp_path):
     with pytest.raises(ValueError, match="is no landscape that can be read"):
         landscape.line(net, cross_entropy, DATA, points=3, file=path)
     assert path.read_bytes() == b"no npz"
+
+
+def test_a_file_of_another_loss_or_model(tmp_path):
+    """Of the same name, on the same weights."""
+    x, y = torch.randn(10, 4, generator=seeded(0)), torch.arange(10) % 3
+    relu = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    tanh = nn.Sequential(relu[0], nn.Tanh(), relu[2])
+    smooth = [functools.partial(cross_entropy, label_smoothing=s) for s in (0.0, 0.1)]
+    looks = [(relu, smooth[0]), (relu, smooth[1]), (tanh, smooth[0])]
+    path = tmp_path / "line.npz"
+    landscape.line(*looks[0], [(x, y)], points=3, file=path)
+    for model, loss in looks[1:]:
+        with pytest.raises(ValueError, match="the model or the loss computes something else"):
+            landscape.line(model, loss, [(x, y)], points=3, file=path)
+
+
+def test_a_file_of_other_targets(tmp_path):
+    """Which are no tensors: the repr of an array leaves out its middle."""
+    net, x = nn.Linear(4, 3), torch.randn(2000, 4)
+    path, options = tmp_path / "line.npz", {"points": 3, "file": tmp_path / "line.npz"}
+    first, second = np.zeros(2000, dtype=np.int64), np.zeros(2000, dtype=np.int64)
+    second[500] = 1
+    loss = lambda out, y: cross_entropy(out, torch.from_numpy(y))  # noqa: E731
+    landscape.line(net, loss, [(x, first)], **options)
+    with pytest.raises(ValueError, match="is of another landscape"):
+        landscape.line(net, loss, [(x, second)], **options)
+    assert path.exists()
+
+
+def test_own_weights_do_not_count_where_checkpoints_have_all(tmp_path):
+    calls = []
+
+    def loss(out, y):
+        calls.append(1)
+        return cross_entropy(out, y)
+
+    for seed in (3, 4):  # as in a script that makes its model anew
+        landscape.interpolate(make_net(seed=seed), loss, DATA, state(0), state(1), points=3, file=tmp_path / "x.npz")
+    assert len(calls) == (1 + 3 * len(DATA)) + 1
+    with pytest.raises(ValueError, match="is of another landscape"):
+        landscape.interpolate(make_net(), loss, DATA, state(0), state(2), points=3, file=tmp_path / "x.npz")
+
+
+def test_nothing_is_hashed_without_a_file(monkeypatch):
+    monkeypatch.setattr("samkern.landscape.sweep.identity_of", lambda *_: pytest.fail("hashed"))
+    monkeypatch.setattr("samkern.landscape.around.identity_of", lambda *_: pytest.fail("hashed"))
+    landscape.line(make_net(), cross_entropy, DATA, points=3)
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    def loss(out, y):
+        pytest.fail("computed what cannot be kept")
+
+    (tmp_path / "taken").write_text("no folder")
+    for path in (tmp_path / "taken" / "x.npz", "/proc/x.npz"):
+        with pytest.raises(OSError, match="x.npz' cannot be written .*: give a name in another folder"):
+            landscape.line(make_net(), loss, DATA, points=3, file=path)
+
+
+def test_two_processes_and_one_file(tmp_path, monkeypatch):
+    """The second begins and ends while the first computes; what it has found is not lost, nor computed again."""
+    net, path = make_net(), tmp_path / "line.npz"
+    monkeypatch.setattr("samkern.landscape.sweep.SAVE_EVERY", 0.0)
+    options = {"points": 5, "file": path}
+    calls = []
+
+    def loss(out, y):
+        calls.append(1)
+        if len(calls) == 2:
+            landscape.line(net, cross_entropy, DATA, points=5, file=path)
+        return cross_entropy(out, y)
+
+    loss.__qualname__ = cross_entropy.__qualname__
+    found = landscape.line(net, loss, DATA, **options)
+    assert len(calls) == 1 + len(DATA)
+    assert np.array_equal(found.loss, landscape.line(net, cross_entropy, DATA, points=5).loss)
+    assert [p.name for p in tmp_path.iterdir()] == ["line.npz"]
+
+
+def test_writers_do_not_meet(tmp_path):
+    path = tmp_path / "x.npz"
+    with landscape.result.replacing(path) as first, landscape.result.replacing(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"
+    with pytest.raises(KeyboardInterrupt), landscape.result.replacing(path) as unfinished:
+        unfinished.write_text("half")
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
+    assert path.read_text() == "first"
+
+
+def test_damaged_files(tmp_path):
+    path = bowl().save(tmp_path / "x.npz")
+    whole = path.read_bytes()
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    contents = [whole[: len(whole) // 2], b"", b"text", whole[:300] + b"\xff" * 20 + whole[320:]]
+    for content in (*contents, (tmp_path / "array.npy").read_bytes(), (tmp_path / "other.npz").read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="path=.* is no landscape that can be read"):
+            Landscape.load(path)
+        with pytest.raises(ValueError, match="file=.* is no landscape that can be read"):
+            landscape.line(make_net(), cross_entropy, DATA, points=3, file=path)
+        assert path.read_bytes() == content
 
 
 # ---- errors
@@ -454,6 +561,21 @@ def test_wrong_directions():
         landscape.line(Plane(), **ON_PLANE, direction=AXES[0], accuracy=True)
     with pytest.raises(ValueError, match="make those you give orthogonal"):
         landscape.surface(Plane(), **ON_PLANE, directions=AXES, orthogonal=True)
+
+
+def test_directions_that_lead_nowhere():
+    net = nn.Linear(4, 5)
+    data = [(torch.randn(6, 4), torch.arange(6) % 5)]
+    only_bias = [torch.zeros(5, 4), torch.ones(5)]
+    with pytest.raises(ValueError, match="zero once it is normalised"):
+        landscape.line(net, cross_entropy, data, points=3, direction=only_bias, normalise=True)
+    nn.init.zeros_(net.weight[0:1])
+    [(weight, _)] = landscape.random_directions(net)
+    assert not weight[0].any()
+    assert weight.isfinite().all()
+    nn.init.zeros_(net.weight)
+    with pytest.raises(ValueError, match="zero once it is normalised"):
+        landscape.surface(net, cross_entropy, data, points=3)
 
 
 def test_wrong_checkpoints():

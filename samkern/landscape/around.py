@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -183,6 +184,11 @@ def _look(
             )
         else:
             directions, name = _of_user(p, given, bool(normalise)), "given direction"
+        if not all(any(bool(x.any()) for x in direction) for direction in directions):
+            raise ValueError(
+                "a direction is zero once it is normalised: it moves filters of the weights only, and those that are zero stay "
+                "so; give a direction and normalise=False"
+            )
         names = (name, "") if n == 1 else (f"first {name}", f"second {name}")
         draft = Landscape("line" if n == 1 else "surface", title, grid[0], grid[1] if n == 2 else None, labels=names)
         terms = {
@@ -190,11 +196,10 @@ def _look(
             for name, w, *moves in zip(p.names, p.weights, *directions, strict=True)
             if any(bool(x.any()) for x in moves)
         }
-        identity = identity_of(
-            p, {"given": given}, (draft.kind, normalise, orthogonal, *(x.tolist() for x in grid), options.accuracy)
-        )
+        settings = (draft.kind, normalise, orthogonal, *(x.tolist() for x in grid), options.accuracy)
+        identify = partial(identity_of, p, {"given": given}, settings)
         points = Points(terms, {}, coefficients(draft))
-        return Sweep(p, points, options, None).fill(draft, options, identity)
+        return Sweep(p, points, options, None).fill(draft, options, identify)
 
 
 def _of_user(p: Problem, given: Sequence[Sequence[Tensor]], normalise: bool) -> list[list[Tensor]]:

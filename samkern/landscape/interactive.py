@@ -8,7 +8,7 @@ from typing import Any
 
 from ..extras import needed
 from .figures import COLORS, PATH_COLOR, is_logarithmic, levels_of, name_of, short
-from .result import Landscape
+from .result import Landscape, replacing
 
 LIFT = 0.02  # of the path above the surface, as a share of its height: else it is half hidden in it
 FONT = 14  # pixels
@@ -60,9 +60,8 @@ def write_page(landscape: Landscape, path: str | os.PathLike[str]) -> Path:
     )
     head = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     page = page.replace("<head>", f"<head>{head}<title>{_escaped(name_of(landscape))}</title>", 1)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
     return path
 
 
