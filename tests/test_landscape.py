@@ -106,6 +106,29 @@ def test_batches_count_by_their_samples():
     assert np.allclose(whole.accuracy, parts.accuracy, rtol=1e-12)
 
 
+def test_accuracy_is_of_labels_that_count():
+    """-100 is cross_entropy's ignore_index: no label. A batch may have none."""
+    net = make_net()
+    (x, y), (more, _) = batch(0), batch(1)
+    y = y.clone()
+    y[:5] = -100
+    data = [(x[:8], y[:8]), (x[8:], y[8:]), (more, torch.full((12,), -100))]
+    right = (copy.deepcopy(net).eval()(x).argmax(1)[5:] == y[5:]).double().mean().item()
+    sum_of = lambda out, y: cross_entropy(out, y, reduction="sum")  # noqa: E731
+    for parallel in (1, 3):
+        found = landscape.line(net, sum_of, data, points=3, parallel=parallel)
+        assert found.accuracy[1] == pytest.approx(100 * right)
+
+
+def test_no_accuracy_without_answers():
+    net, data = nn.Linear(4, 3), [(torch.tensor([[1.0, -1.0, 1.0, 1.0]] * 6), torch.zeros(6, dtype=torch.int64))]
+    far = [torch.full((3, 4), 1e38), torch.zeros(3)]
+    found = landscape.line(net, cross_entropy, data, points=3, direction=far, span=10.0)
+    assert np.isfinite(found.accuracy).tolist() == [False, True, False]  # inf - inf
+    regression = landscape.line(nn.Linear(4, 1), lambda out, y: (out[:, 0] - y).square().mean(), data, points=3)
+    assert regression.accuracy is None
+
+
 def test_a_line_by_hand():
     net = make_net()
     [xi] = landscape.random_directions(net, seed=3)

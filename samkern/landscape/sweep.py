@@ -109,6 +109,7 @@ class Sweep:
         self.buffers = {name for name, _ in problem.model.named_buffers()}
         self.own = {**dict(problem.model.named_parameters()), **dict(problem.model.named_buffers())}
         self.fixed = {name: x.to(self.own[name].dtype) for name, x in points.fixed.items()}
+        self.n_labels = [_n_labels(batch) for batch in problem.batches]
         default = PARALLEL.get(problem.device.type, PARALLEL_ELSEWHERE) if reestimate is None else 1
         self.parallel = options.parallel or default
         if reestimate is not None and self.parallel > 1:
@@ -179,7 +180,12 @@ class Sweep:
     def _means(self, scores: list[list[float]]) -> tuple[float, float]:
         batches = self.problem.batches
         losses, accuracies = zip(*scores, strict=True)
-        return self.problem.mean_over(losses, batches), self.problem.mean_over(accuracies, batches)
+        answered = [batch._replace(n=n) for batch, n in zip(batches, self.n_labels, strict=True)]
+        accuracy = math.nan
+        if sum(self.n_labels) > 0:
+            of = [(share, batch) for share, batch in zip(accuracies, answered, strict=True) if batch.n > 0]
+            accuracy = self.problem.mean_over([share for share, _ in of], [batch for _, batch in of])
+        return self.problem.mean_over(losses, batches), accuracy
 
     def _probe(self) -> float:
         """The loss of one batch amid the landscape. The code of the model and the settings of the loss show in it."""
@@ -250,6 +256,13 @@ class _Moved(nn.Module):
         return functional_call(self.model, self.tensors, args, kwargs)
 
 
+def _n_labels(batch: Batch) -> int:
+    """How many samples of it have a label that counts; all, where targets are something else."""
+    if not isinstance(batch.y, Tensor) or batch.y.dtype != torch.int64 or batch.y.dim() == 0:
+        return batch.n
+    return int((batch.y >= 0).reshape(len(batch.y), -1).any(1).sum())
+
+
 def _is_statistic(model: nn.Module, name: str) -> bool:
     owner, _, _ = name.rpartition(".")
     return isinstance(model.get_submodule(owner), nn.modules.batchnorm._BatchNorm)
@@ -298,14 +311,19 @@ def _so_far(path: Path, identity: str, n: int, probe: float, close: float) -> di
 def right_answers(outputs: Any, y: Any, wanted: bool | None, loss: Tensor) -> Tensor:
     """Per cent of labels that are the largest logit, 0-d float64; NaN if there is none and ``wanted`` is not True.
 
+    Labels below 0 (``ignore_index``) are left out. Where a logit is NaN there is no answer, and no accuracy.
+
     Raises:
         ValueError: ``wanted`` is True, and outputs and targets are no logits and labels.
     """
     integers = isinstance(y, Tensor) and y.dtype == torch.int64 and y.dim() >= 1
     logits = integers and isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.dim() == y.dim() + 1
+    logits = logits and outputs.shape[1] > 1
     if logits and wanted is not False and outputs.shape[:1] + outputs.shape[2:] == y.shape and (wanted or y.dim() == 1):
-        right: Tensor = (outputs.argmax(1) == y).double().mean() * 100
-        return right
+        right = torch.where(outputs.isnan().any(1), torch.nan, (outputs.argmax(1) == y).double())
+        counted = y >= 0
+        share: Tensor = torch.where(counted, right, 0.0).sum() / counted.sum() * 100
+        return share
     if wanted:
         raise ValueError(
             "accuracy=True needs logits of shape (n, classes, ...) and int64 labels of shape (n, ...), got "
