@@ -239,7 +239,9 @@ def test_other_statistics_at_the_checkpoints():
         landscape.plane(make_net(), cross_entropy, DATA, states, points=2, reestimate=DATA)
 
 
-def test_trajectory_on_a_known_plane():
+@pytest.mark.parametrize("columns", [1 << 18, 7], ids=["whole", "parts"])
+def test_trajectory_on_a_known_plane(columns, monkeypatch):
+    monkeypatch.setattr("samkern.landscape.directions.COLUMNS", columns)
     net = make_net()
     own = [p.detach().clone() for p in net.parameters() if p.requires_grad]
     u, v = ([torch.randn_like(w) for w in own] for _ in range(2))
