@@ -700,6 +700,46 @@ def test_curves_are_compared():
     assert "%" in right.get_ylabel()
 
 
+def cut_off(chart):
+    """The names that reach out of the figure."""
+    chart.draw_without_rendering()
+    whole, shown = chart.bbox.padded(1), [t for legend in chart.legends for t in legend.get_texts()]
+    for axes in chart.axes:
+        shown += [axes.title, axes.xaxis.label, axes.yaxis.label, *([axes.zaxis.label] if axes.name == "3d" else [])]
+    boxes = {t.get_text(): t.get_window_extent() for t in shown if t.get_text()}
+    inside = lambda box: whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1  # noqa: E731
+    return [name for name, box in boxes.items() if not inside(box)]
+
+
+@pytest.mark.parametrize("title", ["method {}", "a rather long name of method number {} with a radius of 0.05"])
+def test_many_curves_are_told_apart(title):
+    a = np.linspace(-1, 1, 11)
+    many = [Landscape("line", title.format(k), a, loss=1 + k * a**2, labels=("x", "")) for k in range(12)]
+    chart = landscape.figure(many)
+    assert len({(line.get_color(), line.get_marker()) for line in chart.axes[0].lines}) == 12
+    assert cut_off(chart) == []
+    assert chart.legends[0].get_window_extent().x0 >= 0
+    assert chart.axes[0].get_window_extent().height > 150  # of 360 dots
+
+
+@pytest.mark.parametrize("view", ["contour", "surface"])
+def test_close_losses_have_other_labels(view):
+    near = dataclasses.replace(bowl(), loss=2.3026 + 1e-6 * bowl().loss, title="a long title of a run, " * 4)
+    chart = near.figure(view)
+    assert cut_off(chart) == []
+    ticks = [t.get_text() for t in chart.axes[0].get_zticklabels()] if view == "surface" else None
+    shown = ticks or [t.get_text() for t in chart.axes[0].texts]
+    assert len(set(shown)) >= 3
+    levels, _ = landscape.figures.levels_of(near.loss)
+    for name in shown:
+        assert min(abs(float(name) - level) for level in levels) < 1e-8
+
+
+def test_a_constant_loss_is_said():
+    flat = dataclasses.replace(bowl(), loss=np.full_like(bowl().loss, 2.3))
+    assert [t.get_text() for t in flat.figure().axes[0].texts] == ["the loss is 2.3 wherever it is computed"]
+
+
 def test_parts_are_drawn_too():
     loss = bowl().loss
     loss[4:] = np.nan
@@ -708,6 +748,9 @@ def test_parts_are_drawn_too():
         part.figure(view).draw_without_rendering()
     nothing = dataclasses.replace(part, loss=np.full_like(loss, np.nan))
     assert [t.get_text() for t in nothing.figure().axes[0].texts] == ["nothing to draw yet"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nothing.figure("surface").draw_without_rendering()
 
 
 def test_wrong_figures():
@@ -726,6 +769,8 @@ def test_a_page_needs_nothing_but_itself(tmp_path):
     text = bowl().html(tmp_path / "bowl.html").read_text()
     assert not re.search(r"<(script|link|img|iframe)[^>]*\s(src|href)=", text)
     assert "<title>bowl</title>" in text
+    for nothing in (bowl(), Landscape("line", "", bowl().a, loss=bowl().a)):
+        dataclasses.replace(nothing, loss=np.full_like(nothing.loss, np.nan)).html(tmp_path / "nothing.html")
     chart = landscape.plotly_figure(bowl())
     assert np.array_equal(chart.data[0].z, bowl().loss.T)
     assert chart.data[0].text[3][1] == "a -0.75, b -0.8<br>loss 2.582<br>accuracy 97.42 %"
