@@ -499,7 +499,7 @@ def test_a_file_that_cannot_be_written(tmp_path):
 
     (tmp_path / "taken").write_text("no folder")
     for path in (tmp_path / "taken" / "x.npz", "/proc/x.npz"):
-        with pytest.raises(OSError, match="x.npz' cannot be written .*: give a name in another folder"):
+        with pytest.raises(OSError, match=r"x.npz' cannot be written .*: give a name in another folder"):
             landscape.line(make_net(), loss, DATA, points=3, file=path)
 
 
@@ -544,9 +544,9 @@ def test_damaged_files(tmp_path):
     contents = [whole[: len(whole) // 2], b"", b"text", whole[:300] + b"\xff" * 20 + whole[320:]]
     for content in (*contents, (tmp_path / "array.npy").read_bytes(), (tmp_path / "other.npz").read_bytes()):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="path=.* is no landscape that can be read"):
+        with pytest.raises(ValueError, match=r"path=.* is no landscape that can be read"):
             Landscape.load(path)
-        with pytest.raises(ValueError, match="file=.* is no landscape that can be read"):
+        with pytest.raises(ValueError, match=r"file=.* is no landscape that can be read"):
             landscape.line(make_net(), cross_entropy, DATA, points=3, file=path)
         assert path.read_bytes() == content
 
@@ -793,5 +793,9 @@ def test_a_page_in_a_browser(tmp_path, page):  # noqa: F811
     assert re.search(r"loss [\d.]+accuracy [\d.]+ %", shown)
     page.get_by_text("surface", exact=True).click()
     page.wait_for_selector(".contourlayer path, .contour path", state="detached")
+    page.set_viewport_size({"width": 375, "height": 667})
+    page.reload()
+    # Far enough that a phone shows its sides.
+    page.wait_for_function("document.querySelector('.js-plotly-plot')?._fullLayout?.scene?.camera?.eye?.x > 2")
     assert page.errors == []
     assert [url for url in page.requested if not url.startswith(("file:", "data:", "blob:"))] == []

@@ -13,6 +13,8 @@ from .result import Landscape, replacing
 
 LIFT = 0.02  # of the path above the surface, as a share of its height: else it is half hidden in it
 FONT = 14  # pixels
+# The height of the window decides how large the surface is: on a phone, its sides would be cut off.
+FARTHER = 'if (innerWidth < 600) Plotly.relayout("{plot_id}", {"scene.camera.eye": {x: 2.8, y: -3.0, z: 1.8}})'
 LINE = 36  # letters that a phone has room for
 
 
@@ -47,7 +49,14 @@ def plotly_figure(landscape: Landscape, *, log: bool | None = None) -> Any:
     lines = _lines(name_of(landscape))
     chart.update_layout(
         template="plotly_white",
-        title={"text": "<br>".join(lines), "x": 0.5, "y": 1, "yanchor": "top", "pad": {"t": 12}, "font": {"size": FONT + 1}},
+        title={
+            "text": "<br>".join(lines),
+            "x": 0.5,
+            "y": 1,
+            "yanchor": "top",
+            "pad": {"t": 12},
+            "font": {"size": FONT + 1},
+        },
         font={"size": FONT},
         margin={"l": 60, "r": 30, "t": 62 + 20 * len(lines), "b": 60},
         hovermode="closest",
@@ -59,7 +68,11 @@ def write_page(landscape: Landscape, path: str | os.PathLike[str]) -> Path:
     """The figure as a page of its own, plotly.js in it: works offline."""
     path = Path(path)
     page: str = plotly_figure(landscape).to_html(
-        full_html=True, include_plotlyjs=True, config={"responsive": True, "displaylogo": False}, default_height="100vh"
+        full_html=True,
+        include_plotlyjs=True,
+        config={"responsive": True, "displaylogo": False},
+        default_height="100vh",
+        post_script=None if landscape.b is None else FARTHER,
     )
     head = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     page = page.replace("<head>", f"<head>{head}<title>{_escaped(name_of(landscape))}</title>", 1)

@@ -117,14 +117,13 @@ def read(path: str | os.PathLike[str], argument: str) -> dict[str, Any]:
         OSError: it cannot be opened.
     """
     np = needed("numpy", "landscapes")
+    reason: Exception | None = None
     with Path(path).open("rb") as file:
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 content = {name: arrays[name] for name in arrays.files}
         except Exception as error:  # zip, zlib and numpy have a dozen for a damaged file
             content, reason = {}, error
-        else:
-            reason = None
     if not {"kind", "title", "a", "labels"} <= set(content):
         raise ValueError(f"{argument}={str(path)!r} is no landscape that can be read: give another name") from reason
     return content
