@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import re
 import warnings
 
@@ -17,7 +18,7 @@ from samkern import landscape
 from samkern.landscape import Landscape
 from samkern.sharpness.problem import problem
 
-from .lists import BF16, FP32, same_bits
+from .lists import BF16, FP32, same_bits, seeded
 from .oracles import landscape as oracle
 from .problems import batch, make_net
 
@@ -102,6 +103,31 @@ def test_batches_count_by_their_samples():
     parts = landscape.line(net, cross_entropy, [(x[:5], y[:5]), (x[5:], y[5:])], points=3)
     assert np.allclose(whole.loss, parts.loss, rtol=1e-12)
     assert np.allclose(whole.accuracy, parts.accuracy, rtol=1e-12)
+
+
+def test_accuracy_is_of_labels_that_count():
+    """-100 is cross_entropy's ignore_index: no label. A batch may have none."""
+    net = make_net()
+    (x, y), (more, _) = batch(0), batch(1)
+    y = y.clone()
+    y[:5] = -100
+    answers = copy.deepcopy(net).eval()(x).argmax(1)
+    y[6:10] = answers[6:10]
+    data = [(x[:8], y[:8]), (x[8:], y[8:]), (more, torch.full((12,), -100))]
+    right = (answers[5:] == y[5:]).double().mean().item()
+    sum_of = lambda out, y: cross_entropy(out, y, reduction="sum")  # noqa: E731
+    for parallel in (1, 3):
+        found = landscape.line(net, sum_of, data, points=3, parallel=parallel)
+        assert found.accuracy[1] == pytest.approx(100 * right)
+
+
+def test_no_accuracy_without_answers():
+    net, data = nn.Linear(4, 3), [(torch.tensor([[1.0, -1.0, 1.0, 1.0]] * 6), torch.zeros(6, dtype=torch.int64))]
+    far = [torch.full((3, 4), 1e38), torch.zeros(3)]
+    found = landscape.line(net, cross_entropy, data, points=3, direction=far, span=10.0)
+    assert np.isfinite(found.accuracy).tolist() == [False, True, False]  # inf - inf
+    regression = landscape.line(nn.Linear(4, 1), lambda out, y: (out[:, 0] - y).square().mean(), data, points=3)
+    assert regression.accuracy is None
 
 
 def test_a_line_by_hand():
@@ -214,7 +240,9 @@ def test_other_statistics_at_the_checkpoints():
         landscape.plane(make_net(), cross_entropy, DATA, states, points=2, reestimate=DATA)
 
 
-def test_trajectory_on_a_known_plane():
+@pytest.mark.parametrize("columns", [1 << 18, 7], ids=["whole", "parts"])
+def test_trajectory_on_a_known_plane(columns, monkeypatch):
+    monkeypatch.setattr("samkern.landscape.directions.COLUMNS", columns)
     net = make_net()
     own = [p.detach().clone() for p in net.parameters() if p.requires_grad]
     u, v = ([torch.randn_like(w) for w in own] for _ in range(2))
@@ -365,19 +393,20 @@ def test_resumed_after_an_interrupt(tmp_path, parallel):
     net, path, calls_a_point = make_net(), tmp_path / "deep" / "surface.npz", 2
     options = {"points": 3, "parallel": parallel, "file": path}
     whole = landscape.surface(net, Interrupted(), DATA, **{**options, "file": None})
-    first = Interrupted(after=calls_a_point * (4 if parallel == 1 else 1) + 1)
+    probe = 1  # batch, by which a changed model or loss is found out
+    first = Interrupted(after=probe + calls_a_point * (4 if parallel == 1 else 1) + 1)
     with pytest.raises(KeyboardInterrupt):
         landscape.surface(net, first, DATA, **options)
     part = Landscape.load(path)
     assert np.isfinite(part.loss).sum() == 4
     second = Interrupted()
     found = landscape.surface(net, second, DATA, **options)
-    assert second.calls == calls_a_point * (5 if parallel == 1 else 2)
+    assert second.calls == probe + calls_a_point * (5 if parallel == 1 else 2)
     assert np.array_equal(found.loss, whole.loss)
     assert np.array_equal(found.accuracy, whole.accuracy)
     third = Interrupted()
     assert np.array_equal(landscape.surface(net, third, DATA, **options).loss, whole.loss)
-    assert third.calls == 0
+    assert third.calls == probe
     assert np.array_equal(Landscape.load(path).loss, whole.loss)
     assert not list(tmp_path.glob("**/*.tmp"))
 
@@ -392,7 +421,7 @@ def test_a_nan_is_not_computed_again(tmp_path):
     for _ in range(2):
         found = landscape.line(Plane(), loss, ON_PLANE["data"], direction=AXES[0], points=3, file=tmp_path / "x.npz")
         assert np.isnan(found.loss).all()
-    assert len(calls) == 3
+    assert len(calls) == 3 + 2  # twice a batch to see that it is the same landscape
 
 
 def test_a_file_of_something_else(tmp_path):
@@ -416,6 +445,111 @@ def test_a_file_of_something_else(tmp_path):
     with pytest.raises(ValueError, match="is no landscape that can be read"):
         landscape.line(net, cross_entropy, DATA, points=3, file=path)
     assert path.read_bytes() == b"no npz"
+
+
+def test_a_file_of_another_loss_or_model(tmp_path):
+    """Of the same name, on the same weights."""
+    x, y = torch.randn(10, 4, generator=seeded(0)), torch.arange(10) % 3
+    relu = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    tanh = nn.Sequential(relu[0], nn.Tanh(), relu[2])
+    smooth = [functools.partial(cross_entropy, label_smoothing=s) for s in (0.0, 0.1)]
+    looks = [(relu, smooth[0]), (relu, smooth[1]), (tanh, smooth[0])]
+    path = tmp_path / "line.npz"
+    landscape.line(*looks[0], [(x, y)], points=3, file=path)
+    for model, loss in looks[1:]:
+        with pytest.raises(ValueError, match="the model or the loss computes something else"):
+            landscape.line(model, loss, [(x, y)], points=3, file=path)
+
+
+def test_a_file_of_other_targets(tmp_path):
+    """Which are no tensors: the repr of an array leaves out its middle."""
+    net, x = nn.Linear(4, 3), torch.randn(2000, 4)
+    path, options = tmp_path / "line.npz", {"points": 3, "file": tmp_path / "line.npz"}
+    first, second = np.zeros(2000, dtype=np.int64), np.zeros(2000, dtype=np.int64)
+    second[500] = 1
+    loss = lambda out, y: cross_entropy(out, torch.from_numpy(y))  # noqa: E731
+    landscape.line(net, loss, [(x, first)], **options)
+    with pytest.raises(ValueError, match="is of another landscape"):
+        landscape.line(net, loss, [(x, second)], **options)
+    assert path.exists()
+
+
+def test_own_weights_do_not_count_where_checkpoints_have_all(tmp_path):
+    calls = []
+
+    def loss(out, y):
+        calls.append(1)
+        return cross_entropy(out, y)
+
+    for seed in (3, 4):  # as in a script that makes its model anew
+        landscape.interpolate(make_net(seed=seed), loss, DATA, state(0), state(1), points=3, file=tmp_path / "x.npz")
+    assert len(calls) == (1 + 3 * len(DATA)) + 1
+    with pytest.raises(ValueError, match="is of another landscape"):
+        landscape.interpolate(make_net(), loss, DATA, state(0), state(2), points=3, file=tmp_path / "x.npz")
+
+
+def test_nothing_is_hashed_without_a_file(monkeypatch):
+    monkeypatch.setattr("samkern.landscape.sweep.identity_of", lambda *_: pytest.fail("hashed"))
+    monkeypatch.setattr("samkern.landscape.around.identity_of", lambda *_: pytest.fail("hashed"))
+    landscape.line(make_net(), cross_entropy, DATA, points=3)
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    def loss(out, y):
+        pytest.fail("computed what cannot be kept")
+
+    (tmp_path / "taken").write_text("no folder")
+    for path in (tmp_path / "taken" / "x.npz", "/proc/x.npz"):
+        with pytest.raises(OSError, match=r"x.npz' cannot be written .*: give a name in another folder"):
+            landscape.line(make_net(), loss, DATA, points=3, file=path)
+
+
+def test_two_processes_and_one_file(tmp_path, monkeypatch):
+    """The second begins and ends while the first computes; what it has found is not lost, nor computed again."""
+    net, path = make_net(), tmp_path / "line.npz"
+    monkeypatch.setattr("samkern.landscape.sweep.SAVE_EVERY", 0.0)
+    options = {"points": 5, "file": path}
+    calls = []
+
+    def loss(out, y):
+        calls.append(1)
+        if len(calls) == 2:
+            landscape.line(net, cross_entropy, DATA, points=5, file=path)
+        return cross_entropy(out, y)
+
+    loss.__qualname__ = cross_entropy.__qualname__
+    found = landscape.line(net, loss, DATA, **options)
+    assert len(calls) == 1 + len(DATA)
+    assert np.array_equal(found.loss, landscape.line(net, cross_entropy, DATA, points=5).loss)
+    assert [p.name for p in tmp_path.iterdir()] == ["line.npz"]
+
+
+def test_writers_do_not_meet(tmp_path):
+    path = tmp_path / "x.npz"
+    with landscape.result.replacing(path) as first, landscape.result.replacing(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"
+    with pytest.raises(KeyboardInterrupt), landscape.result.replacing(path) as unfinished:
+        unfinished.write_text("half")
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
+    assert path.read_text() == "first"
+
+
+def test_damaged_files(tmp_path):
+    path = bowl().save(tmp_path / "x.npz")
+    whole = path.read_bytes()
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    contents = [whole[: len(whole) // 2], b"", b"text", whole[:300] + b"\xff" * 20 + whole[320:]]
+    for content in (*contents, (tmp_path / "array.npy").read_bytes(), (tmp_path / "other.npz").read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"path=.* is no landscape that can be read"):
+            Landscape.load(path)
+        with pytest.raises(ValueError, match=r"file=.* is no landscape that can be read"):
+            landscape.line(make_net(), cross_entropy, DATA, points=3, file=path)
+        assert path.read_bytes() == content
 
 
 # ---- errors
@@ -453,6 +587,21 @@ def test_wrong_directions():
         landscape.line(Plane(), **ON_PLANE, direction=AXES[0], accuracy=True)
     with pytest.raises(ValueError, match="make those you give orthogonal"):
         landscape.surface(Plane(), **ON_PLANE, directions=AXES, orthogonal=True)
+
+
+def test_directions_that_lead_nowhere():
+    net = nn.Linear(4, 5)
+    data = [(torch.randn(6, 4), torch.arange(6) % 5)]
+    only_bias = [torch.zeros(5, 4), torch.ones(5)]
+    with pytest.raises(ValueError, match="zero once it is normalised"):
+        landscape.line(net, cross_entropy, data, points=3, direction=only_bias, normalise=True)
+    nn.init.zeros_(net.weight[0:1])
+    [(weight, _)] = landscape.random_directions(net)
+    assert not weight[0].any()
+    assert weight.isfinite().all()
+    nn.init.zeros_(net.weight)
+    with pytest.raises(ValueError, match="zero once it is normalised"):
+        landscape.surface(net, cross_entropy, data, points=3)
 
 
 def test_wrong_checkpoints():
@@ -552,6 +701,46 @@ def test_curves_are_compared():
     assert "%" in right.get_ylabel()
 
 
+def cut_off(chart):
+    """The names that reach out of the figure."""
+    chart.draw_without_rendering()
+    whole, shown = chart.bbox.padded(1), [t for legend in chart.legends for t in legend.get_texts()]
+    for axes in chart.axes:
+        shown += [axes.title, axes.xaxis.label, axes.yaxis.label, *([axes.zaxis.label] if axes.name == "3d" else [])]
+    boxes = {t.get_text(): t.get_window_extent() for t in shown if t.get_text()}
+    inside = lambda box: whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1  # noqa: E731
+    return [name for name, box in boxes.items() if not inside(box)]
+
+
+@pytest.mark.parametrize("title", ["method {}", "a rather long name of method number {} with a radius of 0.05"])
+def test_many_curves_are_told_apart(title):
+    a = np.linspace(-1, 1, 11)
+    many = [Landscape("line", title.format(k), a, loss=1 + k * a**2, labels=("x", "")) for k in range(12)]
+    chart = landscape.figure(many)
+    assert len({(line.get_color(), line.get_marker()) for line in chart.axes[0].lines}) == 12
+    assert cut_off(chart) == []
+    assert chart.legends[0].get_window_extent().x0 >= 0
+    assert chart.axes[0].get_window_extent().height > 150  # of 360 dots
+
+
+@pytest.mark.parametrize("view", ["contour", "surface"])
+def test_close_losses_have_other_labels(view):
+    near = dataclasses.replace(bowl(), loss=2.3026 + 1e-6 * bowl().loss, title="a long title of a run, " * 4)
+    chart = near.figure(view)
+    assert cut_off(chart) == []
+    ticks = [t.get_text() for t in chart.axes[0].get_zticklabels()] if view == "surface" else None
+    shown = ticks or [t.get_text() for t in chart.axes[0].texts]
+    assert len(set(shown)) >= 3
+    levels, _ = landscape.figures.levels_of(near.loss)
+    for name in shown:
+        assert min(abs(float(name) - level) for level in levels) < 1e-8
+
+
+def test_a_constant_loss_is_said():
+    flat = dataclasses.replace(bowl(), loss=np.full_like(bowl().loss, 2.3))
+    assert [t.get_text() for t in flat.figure().axes[0].texts] == ["the loss is 2.3 wherever it is computed"]
+
+
 def test_parts_are_drawn_too():
     loss = bowl().loss
     loss[4:] = np.nan
@@ -560,6 +749,9 @@ def test_parts_are_drawn_too():
         part.figure(view).draw_without_rendering()
     nothing = dataclasses.replace(part, loss=np.full_like(loss, np.nan))
     assert [t.get_text() for t in nothing.figure().axes[0].texts] == ["nothing to draw yet"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nothing.figure("surface").draw_without_rendering()
 
 
 def test_wrong_figures():
@@ -578,6 +770,8 @@ def test_a_page_needs_nothing_but_itself(tmp_path):
     text = bowl().html(tmp_path / "bowl.html").read_text()
     assert not re.search(r"<(script|link|img|iframe)[^>]*\s(src|href)=", text)
     assert "<title>bowl</title>" in text
+    for nothing in (bowl(), Landscape("line", "", bowl().a, loss=bowl().a)):
+        dataclasses.replace(nothing, loss=np.full_like(nothing.loss, np.nan)).html(tmp_path / "nothing.html")
     chart = landscape.plotly_figure(bowl())
     assert np.array_equal(chart.data[0].z, bowl().loss.T)
     assert chart.data[0].text[3][1] == "a -0.75, b -0.8<br>loss 2.582<br>accuracy 97.42 %"
@@ -600,3 +794,7 @@ def test_a_page_in_a_browser(tmp_path, page):
     assert re.search(r"loss [\d.]+accuracy [\d.]+ %", shown)
     page.get_by_text("surface", exact=True).click()
     page.wait_for_selector(".contourlayer path, .contour path", state="detached")
+    page.set_viewport_size({"width": 375, "height": 667})
+    page.reload()
+    # Far enough that a phone shows its sides.
+    page.wait_for_function("document.querySelector('.js-plotly-plot')?._fullLayout?.scene?.camera?.eye?.x > 2")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -55,12 +56,13 @@ def line(
         span: > 0.
         seed: 64 bits; of the direction, and of what model and data draw.
         accuracy: in per cent. None: where targets are an int64 vector and outputs have one dimension more, the classes. True:
-            also for more dimensions, and an error where there is none. False: not.
+            also for more dimensions, and an error where there is none. False: not. Labels below 0 do not count.
         parallel: points at once, by ``torch.func.vmap`` over stacked weights, for as many times the memory of the activations;
             falls back to one by one with a warning. None: 1 on the CPU, where 25 pay for batches below a hundred samples only,
             else 8.
         file: an npz file that takes the points as they come. If it is there, only those that are missing are computed: call
-            again after an interrupt. ``Landscape.load`` reads it at any time.
+            again after an interrupt. Weights, data and options are compared by their bits, model and loss by what they make
+            of one batch. Several processes may share it. ``Landscape.load`` reads it at any time.
         title: shown above figures and in their legends.
         progress: whether to show a bar; None: when it takes longer than two seconds.
 
@@ -69,6 +71,7 @@ def line(
     Raises:
         ValueError: an option is out of range, ``data`` is empty, ``file`` is of another landscape, or nothing can be moved.
         TypeError: ``data`` yields no pairs, or the loss is no tensor.
+        OSError: ``file`` cannot be written; nothing has been computed then.
 
     Li et al. 2018 (arXiv 1712.09913), section 4.
 
@@ -183,6 +186,11 @@ def _look(
             )
         else:
             directions, name = _of_user(p, given, bool(normalise)), "given direction"
+        if not all(any(bool(x.any()) for x in direction) for direction in directions):
+            raise ValueError(
+                "a direction is zero once it is normalised: it moves filters of the weights only, and those that are zero stay "
+                "so; give a direction and normalise=False"
+            )
         names = (name, "") if n == 1 else (f"first {name}", f"second {name}")
         draft = Landscape("line" if n == 1 else "surface", title, grid[0], grid[1] if n == 2 else None, labels=names)
         terms = {
@@ -190,11 +198,10 @@ def _look(
             for name, w, *moves in zip(p.names, p.weights, *directions, strict=True)
             if any(bool(x.any()) for x in moves)
         }
-        identity = identity_of(
-            p, {"given": given}, (draft.kind, normalise, orthogonal, *(x.tolist() for x in grid), options.accuracy)
-        )
+        settings = (draft.kind, normalise, orthogonal, *(x.tolist() for x in grid), options.accuracy)
+        identify = partial(identity_of, p, {"given": given}, settings)
         points = Points(terms, {}, coefficients(draft))
-        return Sweep(p, points, options, None).fill(draft, options, identity)
+        return Sweep(p, points, options, None).fill(draft, options, identify)
 
 
 def _of_user(p: Problem, given: Sequence[Sequence[Tensor]], normalise: bool) -> list[list[Tensor]]:

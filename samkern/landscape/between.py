@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,9 +77,10 @@ def interpolate(
             "interpolation", title, np.linspace(0, 1, points), labels=("position between the checkpoints", "")
         )
         alpha = torch.from_numpy(draft.a)
-        identity = identity_of(p, {"states": ends, "reestimate": batches}, (draft.kind, points, accuracy))
+        tensors, settings = {"states": ends, "reestimate": batches}, (draft.kind, points, accuracy)
+        identify = partial(identity_of, p, tensors, settings, replaced={*first, *first_buffers})
         where = Points(terms, fixed, torch.stack([1 - alpha, alpha], 1))
-        return Sweep(p, where, options, batches).fill(draft, options, identity)
+        return Sweep(p, where, options, batches).fill(draft, options, identify)
 
 
 def plane(
@@ -226,8 +228,8 @@ def _swept(
     terms = {name: [x, *moves[name]] for name, x in params.items() if any(move is not None for move in moves[name])}
     fixed = {name: x for name, x in (params | buffers).items() if name not in terms}
     settings = (draft.kind, len(draft.a), 0 if draft.b is None else len(draft.b), margin, options.accuracy)
-    identity = identity_of(p, {"states": read, "reestimate": batches}, settings)
-    return Sweep(p, Points(terms, fixed, coefficients(draft)), options, batches).fill(draft, options, identity)
+    identify = partial(identity_of, p, {"states": read, "reestimate": batches}, settings, replaced={*params, *buffers})
+    return Sweep(p, Points(terms, fixed, coefficients(draft)), options, batches).fill(draft, options, identify)
 
 
 def _parted(first: Named, second: Named) -> tuple[Named, dict[str, tuple[torch.Tensor, torch.Tensor]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,7 @@ from .states import Named, differences, dot
 if TYPE_CHECKING:
     from .result import Array
 
+COLUMNS = 1 << 18  # of checkpoints at a time, 2 MB each in float64
 ON_A_LINE = 1e-6  # a second direction shorter than this, relatively, is rounding
 
 
@@ -136,35 +137,50 @@ def principal_plane(states: Sequence[Named]) -> tuple[Named, Named, Array, tuple
         ValueError: they lie on a line, or are all equal.
     """
     np = needed("numpy", "landscapes")
-    rows = [differences(state, states[-1]) for state in states]
-    gram = np.zeros((len(rows), len(rows)))
-    for name in states[-1]:
-        # One tensor at a time: all of them in float64 would be memory for every checkpoint again.
-        matrix = torch.stack([row[name].double().flatten() for row in rows])
+    n, last = len(states), states[-1]
+    gram = np.zeros((n, n))
+    for _, matrix in _differences_by_parts(states):
         gram += (matrix @ matrix.T).cpu().numpy()
     if not np.isfinite(gram).all():
         raise ValueError("states have entries that are NaN or infinite")
-    centring = np.eye(len(rows)) - 1 / len(rows)
+    centring = np.eye(n) - 1 / n
     values, vectors = np.linalg.eigh(centring @ gram @ centring)
     values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
     if values[1] <= (ON_A_LINE**2) * values[0] or values[0] == 0:
         raise ValueError("the states are equal or lie on a line and span no plane: use interpolate()")
     axes: list[Named] = []
     for k in range(2):
-        weights = (centring @ vectors[:, k]).tolist()
-        axis = {
-            name: sum((w * row[name] for w, row in zip(weights, rows, strict=True)), torch.zeros_like(x))
-            for name, x in states[-1].items()
-        }
+        parts: dict[str, list[Tensor]] = {name: [] for name in last}
+        for name, matrix in _differences_by_parts(states):
+            weights = torch.from_numpy(centring @ vectors[:, k]).to(matrix.device)
+            parts[name].append((weights @ matrix).to(last[name].dtype))
+        axis = {name: torch.cat(parts[name]).view(x.shape) for name, x in last.items()}
         for earlier in axes:
             share = dot(axis, earlier)
             axis = {name: x - share * earlier[name] for name, x in axis.items()}
-        axis = _scaled(axis, 1 / math.sqrt(dot(axis, axis)))
-        wanted = (-1, 1)[k]
-        axes.append(axis if dot(axis, rows[0]) * wanted >= 0 else _scaled(axis, -1.0))
-    path = np.array([[dot(row, axis) for axis in axes] for row in rows])
+        axes.append(_scaled(axis, 1 / math.sqrt(dot(axis, axis))))
+    path, ends = np.zeros((n, 2)), dict.fromkeys(last, 0)
+    for name, matrix in _differences_by_parts(states):
+        begin, ends[name] = ends[name], ends[name] + matrix.shape[1]
+        both = torch.stack([axis[name].flatten()[begin : ends[name]] for axis in axes], 1)
+        path += (matrix @ both.double()).cpu().numpy()
+    signs = np.where(path[0] * [-1, 1] >= 0, 1.0, -1.0)
+    path *= signs
+    axes = [axis if sign > 0 else _scaled(axis, -1.0) for axis, sign in zip(axes, signs, strict=True)]
     shares = values[:2] / values.sum()
     return axes[0], axes[1], path, (float(shares[0]), float(shares[1]))
+
+
+def _differences_by_parts(states: Sequence[Named]) -> Iterator[tuple[str, Tensor]]:
+    """Differences to the last state, a row for each state, float64, and which tensor they are of: so many columns at a time.
+
+    All of them would be the memory of every checkpoint once more.
+    """
+    for name, last in states[-1].items():
+        flat = [state[name].flatten() for state in states]
+        for begin in range(0, max(last.numel(), 1), COLUMNS):
+            rows = torch.stack([x[begin : begin + COLUMNS] for x in flat]).double()
+            yield name, rows - rows[-1]
 
 
 def _scaled(x: Named, factor: float) -> Named:

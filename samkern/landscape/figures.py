@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ def figure(
         landscapes: one, or several with one axis, whose titles are in the legend. Points that are not computed yet are gaps.
         view: of two axes, ``"contour"``, which is what None means, or ``"surface"``, in three dimensions. Of one, None.
         log: a logarithmic scale for losses. None: when they are positive and the largest is more than 30 times the smallest.
-        size: width and height in inches; letters have 8 points or more at this size.
+        size: width and height in inches; letters have 8 points or more at this size. None: higher for a long legend.
 
     Raises:
         ValueError: nothing is given, an unknown view, or several landscapes of which one has two axes.
@@ -67,7 +68,7 @@ def figure(
     chart: Figure = needed("matplotlib.figure", "figures").Figure(figsize=size or default, layout="constrained")
     agg.FigureCanvasAgg(chart)
     if flat:
-        _curves(chart, several, log)
+        _curves(chart, several, log, grows=size is None)
     elif view == "surface":
         _surface(chart, several[0], log)
     else:
@@ -116,7 +117,25 @@ def short(value: float) -> str:
     >>> [samkern.landscape.figures.short(x) for x in (0.5, 20.0, 1e6, 1e-5)]
     ['0.5', '20', '1e6', '1e-5']
     """
-    text = f"{value:.4g}"
+    return _with_digits(value, 4)
+
+
+def names_of(levels: Sequence[float]) -> list[str]:
+    """Labels with as many digits as it takes to tell levels apart, and to say where they are.
+
+    >>> samkern.landscape.figures.names_of([2.3026, 2.30262, 2.30264])
+    ['2.3026', '2.30262', '2.30264']
+    """
+    gap = min((abs(y - x) for x, y in itertools.pairwise(levels)), default=math.inf)
+    for digits in range(4, 17):
+        names = [_with_digits(x, digits) for x in levels]
+        if all(abs(float(name) - x) <= 0.01 * gap for name, x in zip(names, levels, strict=True)):
+            break
+    return names
+
+
+def _with_digits(value: float, digits: int) -> str:
+    text = f"{value:.{digits}g}"
     return text.replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
 
 
@@ -125,7 +144,7 @@ def name_of(landscape: Landscape) -> str:
     return landscape.title or landscape.kind
 
 
-def _curves(chart: Figure, several: Sequence[Landscape], log: bool | None) -> None:
+def _curves(chart: Figure, several: Sequence[Landscape], log: bool | None, grows: bool) -> None:
     """Losses to the left with full lines, accuracies to the right with dashed ones."""
     np = needed("numpy", "landscapes")
     axes = chart.subplots()
@@ -144,7 +163,8 @@ def _curves(chart: Figure, several: Sequence[Landscape], log: bool | None) -> No
     for i, x in enumerate(several):
         look: dict[str, Any] = {
             "color": COLORS[i % len(COLORS)],
-            "marker": MARKERS[i % len(MARKERS)],
+            # Another marker for the same colour: no two curves look alike.
+            "marker": MARKERS[(i + i // len(COLORS)) % len(MARKERS)],
             "ms": 4,
             "lw": 1.5,
         }
@@ -173,11 +193,26 @@ def _curves(chart: Figure, several: Sequence[Landscape], log: bool | None) -> No
         right.margins(y=0.08)
     axes.tick_params(labelsize=FONT - 1)
     if len(several) > 1:
+        # A letter is half as wide as it is high, and the sample of the line with its gap takes five.
+        longest = max(len(name_of(x)) for x in several) + 5
+        fitting = int(chart.get_figwidth() * 72 / (longest * FONT * 0.55))
+        columns = max(1, min(len(several), 3, fitting))
+        if grows:  # so that a long legend leaves the curves their place
+            chart.set_figheight(chart.get_figheight() + max(0, math.ceil(len(several) / columns) - 2) * 1.6 * FONT / 72)
         chart.legend(
-            handles=handles, loc="outside upper center", ncols=min(len(several), 3), frameon=False, fontsize=FONT
+            handles=handles,
+            loc="outside upper center",
+            ncols=columns,
+            frameon=False,
+            fontsize=FONT,
         )
     elif several[0].title:
-        axes.set_title(several[0].title, fontsize=FONT + 1)
+        _entitle(axes, several[0].title)
+
+
+def _entitle(axes: Any, title: str) -> None:
+    """In as many lines as it takes."""
+    axes.set_title(textwrap.fill(title, int(axes.figure.get_figwidth() * 72 / ((FONT + 1) * 0.6))), fontsize=FONT + 1)
 
 
 def _plain_numbers(value: float, _: float | None = None) -> str:
@@ -192,7 +227,7 @@ def _contours(chart: Figure, x: Landscape, log: bool | None) -> None:
     assert x.b is not None
     masked = np.ma.masked_invalid(x.loss.T)
     levels, logarithmic = levels_of(x.loss, log)
-    if masked.count() and masked.min() < masked.max() and min(masked.shape) > 1:
+    if masked.count() and masked.min() < masked.max():
         # Between the points, contours are found on straight lines: of logarithms, where it is these that are shown.
         height = np.ma.log10(masked) if logarithmic else masked
         low, high = float(height.min()), float(height.max())
@@ -200,11 +235,12 @@ def _contours(chart: Figure, x: Landscape, log: bool | None) -> None:
         norm = needed("matplotlib.colors", "figures").Normalize(low, high)
         axes.contourf(x.a, x.b, height, levels=sorted({low, *places, high}), cmap=_light_colors(), norm=norm)
         lines = axes.contour(x.a, x.b, height, levels=places, colors="0.2", linewidths=0.8, linestyles="solid")
-        names = dict(zip(lines.levels, map(short, levels), strict=True))
+        names = dict(zip(lines.levels, names_of(levels), strict=True))
         texts = axes.clabel(lines, fmt=names, fontsize=FONT - 1, inline=True, inline_spacing=3)
         _halo(texts)
     else:
-        axes.text(0.5, 0.5, "nothing to draw yet", transform=axes.transAxes, ha="center", fontsize=FONT)
+        words = f"the loss is {short(levels[0])} wherever it is computed" if masked.count() else "nothing to draw yet"
+        axes.text(0.5, 0.6, words, transform=axes.transAxes, ha="center", fontsize=FONT)
         axes.set(xlim=(x.a[0], x.a[-1]), ylim=(x.b[0], x.b[-1]))
     if x.path is None:
         axes.plot(0, 0, "+", color="black", ms=8, mew=1.4, label="weights")
@@ -214,7 +250,7 @@ def _contours(chart: Figure, x: Landscape, log: bool | None) -> None:
     height, width = np.ptp(x.b), np.ptp(x.a)
     if 0.45 < height / width < 2.2:
         axes.set_aspect("equal")
-    axes.set_title(_what(x, logarithmic), fontsize=FONT + 1)
+    _entitle(axes, _what(x, logarithmic))
 
 
 def _what(x: Landscape, logarithmic: bool) -> str:
@@ -267,7 +303,8 @@ def _surface(chart: Figure, x: Landscape, log: bool | None) -> None:
     finite = np.where(np.isfinite(x.loss), x.loss, np.nan).T
     height = np.log10(finite) if logarithmic else finite
     a, b = np.meshgrid(x.a, x.b)
-    norm = needed("matplotlib.colors", "figures").Normalize(np.nanmin(height), np.nanmax(height))
+    low, high = (np.nanmin(height), np.nanmax(height)) if np.isfinite(height).any() else (0.0, 1.0)
+    norm = needed("matplotlib.colors", "figures").Normalize(low, high)
     axes.plot_surface(
         a,
         b,
@@ -298,16 +335,19 @@ def _surface(chart: Figure, x: Landscape, log: bool | None) -> None:
     levels = levels_of(x.loss, log)[0]
     while len(levels) > 7:
         levels = levels[::2]
-    axes.set_zticks([math.log10(v) if logarithmic else v for v in levels], [short(v) for v in levels])
+    names = names_of(levels)
+    axes.set_zticks([math.log10(v) if logarithmic else v for v in levels], names)
     _name_axes(axes, x)
     axes.set_xlabel(textwrap.fill(x.labels[0], 32), fontsize=FONT, labelpad=10)
     axes.set_ylabel(textwrap.fill(x.labels[1], 32), fontsize=FONT, labelpad=10)
     axes.locator_params(axis="x", nbins=5)
     axes.locator_params(axis="y", nbins=5)
-    axes.set_zlabel("loss", fontsize=FONT)
-    axes.set_title(_what(x, logarithmic), fontsize=FONT + 1)
+    longest = max(map(len, names), default=0)
+    axes.tick_params(axis="z", pad=1.5 * longest)
+    axes.set_zlabel("loss", fontsize=FONT, labelpad=3 * longest)
+    _entitle(axes, _what(x, logarithmic))
     axes.view_init(elev=32, azim=-58)
-    axes.set_box_aspect(None, zoom=0.82)  # or labels are cut off
+    axes.set_box_aspect(None, zoom=0.82 - 0.015 * max(0, longest - 4))  # or labels are cut off
 
 
 def _light_colors() -> Any:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from ..extras import needed
-from .figures import COLORS, PATH_COLOR, is_logarithmic, levels_of, name_of, short
-from .result import Landscape
+from .figures import COLORS, PATH_COLOR, is_logarithmic, levels_of, name_of, names_of
+from .result import Landscape, replacing
 
 LIFT = 0.02  # of the path above the surface, as a share of its height: else it is half hidden in it
 FONT = 14  # pixels
+# The height of the window decides how large the surface is: on a phone, its sides would be cut off.
+FARTHER = 'if (innerWidth < 600) Plotly.relayout("{plot_id}", {"scene.camera.eye": {x: 2.8, y: -3.0, z: 1.8}})'
+LINE = 36  # letters that a phone has room for
 
 
 def plotly_figure(landscape: Landscape, *, log: bool | None = None) -> Any:
@@ -42,11 +46,19 @@ def plotly_figure(landscape: Landscape, *, log: bool | None = None) -> Any:
         _curves(chart, objects, landscape, logarithmic)
     else:
         _surface(chart, objects, landscape, logarithmic)
+    lines = _lines(name_of(landscape))
     chart.update_layout(
         template="plotly_white",
-        title={"text": _escaped(name_of(landscape)), "x": 0.5},
+        title={
+            "text": "<br>".join(lines),
+            "x": 0.5,
+            "y": 1,
+            "yanchor": "top",
+            "pad": {"t": 12},
+            "font": {"size": FONT + 1},
+        },
         font={"size": FONT},
-        margin={"l": 60, "r": 30, "t": 70, "b": 60},
+        margin={"l": 60, "r": 30, "t": 62 + 20 * len(lines), "b": 60},
         hovermode="closest",
     )
     return chart
@@ -56,13 +68,16 @@ def write_page(landscape: Landscape, path: str | os.PathLike[str]) -> Path:
     """The figure as a page of its own, plotly.js in it: works offline."""
     path = Path(path)
     page: str = plotly_figure(landscape).to_html(
-        full_html=True, include_plotlyjs=True, config={"responsive": True, "displaylogo": False}, default_height="100vh"
+        full_html=True,
+        include_plotlyjs=True,
+        config={"responsive": True, "displaylogo": False},
+        default_height="100vh",
+        post_script=None if landscape.b is None else FARTHER,
     )
     head = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     page = page.replace("<head>", f"<head>{head}<title>{_escaped(name_of(landscape))}</title>", 1)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
     return path
 
 
@@ -74,6 +89,11 @@ def _colors() -> list[str]:
 
 def _escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _lines(text: str) -> list[str]:
+    """Short enough for a phone."""
+    return [_escaped(line) for line in textwrap.wrap(text, LINE)]
 
 
 def _curves(chart: Any, objects: Any, x: Landscape, logarithmic: bool) -> None:
@@ -124,17 +144,11 @@ def _surface(chart: Any, objects: Any, x: Landscape, logarithmic: bool) -> None:
     places = [float(np.log10(v)) if logarithmic else v for v in levels]
     accuracy = None if x.accuracy is None else x.accuracy.T
     words = np.array(_words(x, loss, accuracy))
-    bar = {"title": {"text": "loss"}, "tickvals": places, "ticktext": [short(v) for v in levels], "thickness": 14}
+    bar = {"title": {"text": "loss"}, "tickvals": places, "ticktext": names_of(levels), "thickness": 14}
     common: dict[str, Any] = {"x": x.a, "y": x.b, "text": words, "hoverinfo": "text", "colorscale": _colors()}
     step = places[1] - places[0] if len(places) > 1 else 1.0
-    rings = {
-        "show": True,
-        "usecolormap": True,
-        "project": {"z": True},
-        "start": places[0],
-        "end": places[-1],
-        "size": step,
-    }
+    between = {"start": places[0], "end": places[-1], "size": step} if places else {}
+    rings = {"show": bool(places), "usecolormap": True, "project": {"z": True}, **between}
     chart.add_trace(
         objects.Surface(
             **common, z=loss, surfacecolor=shade, colorbar=bar, contours={"z": rings} if not logarithmic else None
@@ -146,7 +160,7 @@ def _surface(chart: Any, objects: Any, x: Landscape, logarithmic: bool) -> None:
             z=shade,
             colorbar=bar,
             visible=False,
-            contours={"start": places[0], "end": places[-1], "size": step} if places else None,
+            contours=between,
             line={"color": "#333", "width": 0.7},
         )
     )
@@ -175,7 +189,7 @@ def _surface(chart: Any, objects: Any, x: Landscape, logarithmic: bool) -> None:
     in_space.append(False)
     axis: dict[str, Any] = {"type": "log" if logarithmic else "linear", "title": {"text": "loss"}}
     if logarithmic:
-        axis |= {"tickvals": levels, "ticktext": [short(v) for v in levels]}
+        axis |= {"tickvals": levels, "ticktext": names_of(levels)}
     chart.update_layout(
         scene={
             "xaxis": {"title": {"text": "a"}},
@@ -184,8 +198,8 @@ def _surface(chart: Any, objects: Any, x: Landscape, logarithmic: bool) -> None:
             "aspectmode": "cube",
             "camera": {"eye": {"x": 1.4, "y": -1.5, "z": 0.9}},
         },
-        xaxis={"title": {"text": f"a: {x.labels[0]}"}, "visible": False},
-        yaxis={"title": {"text": f"b: {x.labels[1]}"}, "visible": False},
+        xaxis={"title": {"text": "<br>".join(_lines(f"a: {x.labels[0]}"))}, "visible": False, "automargin": True},
+        yaxis={"title": {"text": "<br>".join(_lines(f"b: {x.labels[1]}"))}, "visible": False, "automargin": True},
         updatemenus=[
             {
                 "type": "buttons",

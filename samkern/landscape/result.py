@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -81,9 +83,14 @@ class Landscape:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Landscape:
-        """Reads what ``save`` wrote, or what a landscape with ``file=`` has so far."""
-        with needed("numpy", "landscapes").load(path, allow_pickle=False) as file:
-            content = {f.name: file[f.name] for f in fields(cls) if f.name in file.files}
+        """Reads what ``save`` wrote, or what a landscape with ``file=`` has so far.
+
+        Raises:
+            ValueError: the file is something else, or damaged.
+            OSError: it cannot be opened.
+        """
+        found = read(path, "path")
+        content = {f.name: found[f.name] for f in fields(cls) if f.name in found}
         labels = content.pop("labels")
         return cls(
             kind=str(content.pop("kind")),
@@ -97,8 +104,38 @@ def write(landscape: Landscape, path: str | os.PathLike[str], more: Mapping[str,
     """Saves a landscape, and beside it what is needed to go on with it."""
     path, np = Path(path), needed("numpy", "landscapes")
     content = {f.name: getattr(landscape, f.name) for f in fields(landscape) if getattr(landscape, f.name) is not None}
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("wb") as file:
+    with replacing(path) as unfinished, unfinished.open("wb") as file:
         np.savez_compressed(file, **content, **more)
-    unfinished.replace(path)
     return path
+
+
+def read(path: str | os.PathLike[str], argument: str) -> dict[str, Any]:
+    """The arrays that ``write`` wrote.
+
+    Raises:
+        ValueError: the file is something else, or damaged; ``argument`` is the name of ``path``.
+        OSError: it cannot be opened.
+    """
+    np = needed("numpy", "landscapes")
+    reason: Exception | None = None
+    with Path(path).open("rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                content = {name: arrays[name] for name in arrays.files}
+        except Exception as error:  # zip, zlib and numpy have a dozen for a damaged file
+            content, reason = {}, error
+    if not {"kind", "title", "a", "labels"} <= set(content):
+        raise ValueError(f"{argument}={str(path)!r} is no landscape that can be read: give another name") from reason
+    return content
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to be written in the block, which takes its place at the end; after an error it is gone."""
+    # A name of its own: several processes may write the same path.
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

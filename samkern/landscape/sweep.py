@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import pickle
+import tempfile
 import time
 import warnings
-import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,7 +24,7 @@ from ..progress import progress_bar
 from ..reestimate import update_bn
 from ..sharpness.problem import Batch, Problem
 from ..undisturbed import random_numbers, unchanged_buffers
-from .result import Landscape, write
+from .result import Landscape, read, write
 from .states import Named
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ class Options:
 class Hash(Protocol):
     """What ``hashlib`` makes."""
 
-    def update(self, data: bytes) -> None:
+    def update(self, data: Any) -> None:
         """Takes in more."""
 
 
@@ -69,19 +71,34 @@ class Points:
     fixed: Mapping[str, Tensor]
     coefficients: Tensor
 
-    def at(self, rows: Sequence[int], own: Mapping[str, Tensor]) -> Named:
-        """Tensors stacked over points, in the dtype of the model's own. Those that do not move are left out."""
-        c, stacked = self.coefficients[list(rows)], {}
+    def at(self, row: int, own: Mapping[str, Tensor]) -> Named:
+        """The tensors of a point, in the dtype of the model's own. Those that do not move are left out."""
+        c, moved = self.coefficients[row].tolist(), {}
+        for name, terms in self.terms.items():
+            first, *others = [(factor, term) for factor, term in zip(c, terms, strict=True) if term is not None]
+            total = first[1] * first[0] if first[0] != 1 or not others else first[1]
+            for i, (factor, term) in enumerate(others):  # the first is the model's own, maybe
+                total = torch.add(total, term, alpha=factor) if i == 0 else total.add_(term, alpha=factor)
+            moved[name] = total.to(own[name].dtype)
+        return moved
+
+    def stacked(self, rows: Sequence[int], own: Mapping[str, Tensor]) -> Named:
+        """The same of several points, stacked."""
+        c, moved = self.coefficients[list(rows)], {}
+        there: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # a copy to a device each, not one for every term
         for name, terms in self.terms.items():
             total: Tensor | None = None
             for k, term in enumerate(terms):
                 if term is None:
                     continue
-                part = c[:, k].to(term).view(-1, *[1] * term.dim()) * term
+                place = (term.device, term.dtype)
+                if place not in there:
+                    there[place] = c.to(term)
+                part = there[place][:, k].view(-1, *[1] * term.dim()) * term
                 total = part if total is None else total.add_(part)
-            if total is not None:
-                stacked[name] = total.to(own[name].dtype)
-        return stacked
+            assert total is not None
+            moved[name] = total.to(own[name].dtype)
+        return moved
 
 
 class Sweep:
@@ -92,10 +109,13 @@ class Sweep:
         self.buffers = {name for name, _ in problem.model.named_buffers()}
         self.own = {**dict(problem.model.named_parameters()), **dict(problem.model.named_buffers())}
         self.fixed = {name: x.to(self.own[name].dtype) for name, x in points.fixed.items()}
+        self.n_labels = [_n_labels(batch) for batch in problem.batches]
         default = PARALLEL.get(problem.device.type, PARALLEL_ELSEWHERE) if reestimate is None else 1
         self.parallel = options.parallel or default
         if reestimate is not None and self.parallel > 1:
             warnings.warn("points are computed one by one: reestimate= runs BatchNorm in training mode", stacklevel=4)
+            self.parallel = 1
+        if not points.terms:  # vmap needs something to map over
             self.parallel = 1
 
     def of(self, rows: Sequence[int]) -> list[tuple[float, float]]:
@@ -104,14 +124,15 @@ class Sweep:
             try:
                 return self._at_once(rows)
             except Exception as error:
-                found = [self._alone(row) for row in rows]  # raises if it is not vmap that cannot take it
-                reason = str(error).strip().partition("\n")[0]
-                warnings.warn(
-                    f"points are computed one by one, torch.func.vmap cannot take the model or the loss: {reason}",
-                    stacklevel=5,
-                )
-                self.parallel = 1
-                return found
+                what = "they do not fit into memory at once, lower parallel"
+                if not isinstance(error, torch.OutOfMemoryError):
+                    what = "torch.func.vmap cannot take the model or the loss"
+                reason = f"{what}: {str(error).strip().partition(chr(10))[0]}"
+            # After the block: in it, the error's traceback holds what has filled the memory.
+            found = [self._alone(row) for row in rows]  # raises if it is not vmap that cannot take it
+            warnings.warn(f"points are computed one by one, {reason}", stacklevel=5)
+            self.parallel = 1
+            return found
         return [self._alone(row) for row in rows]
 
     def _shared(self) -> Named:
@@ -119,7 +140,7 @@ class Sweep:
         return {name: x.clone() if name in self.buffers else x for name, x in self.fixed.items()}
 
     def _alone(self, row: int) -> tuple[float, float]:
-        tensors = {name: x[0] for name, x in self.points.at([row], self.own).items()}
+        tensors = self.points.at(row, self.own)
         with unchanged_buffers(self.problem.model), torch.no_grad():  # the last point leaves no trace in this one
             tensors = self._shared() | tensors
             if self.reestimate is not None:
@@ -128,7 +149,7 @@ class Sweep:
         return self._means(scores.tolist())
 
     def _at_once(self, rows: Sequence[int]) -> list[tuple[float, float]]:
-        stacked, shared = self.points.at(rows, self.own), self._shared()
+        stacked, shared = self.points.stacked(rows, self.own), self._shared()
         with unchanged_buffers(self.problem.model), torch.no_grad():
             scores = torch.stack(
                 [
@@ -159,27 +180,51 @@ class Sweep:
     def _means(self, scores: list[list[float]]) -> tuple[float, float]:
         batches = self.problem.batches
         losses, accuracies = zip(*scores, strict=True)
-        return self.problem.mean_over(losses, batches), self.problem.mean_over(accuracies, batches)
+        answered = [batch._replace(n=n) for batch, n in zip(batches, self.n_labels, strict=True)]
+        accuracy = math.nan
+        if sum(self.n_labels) > 0:
+            of = [(share, batch) for share, batch in zip(accuracies, answered, strict=True) if batch.n > 0]
+            accuracy = self.problem.mean_over([share for share, _ in of], [batch for _, batch in of])
+        return self.problem.mean_over(losses, batches), accuracy
 
-    def fill(self, draft: Landscape, options: Options, identity: str) -> Landscape:
+    def _probe(self) -> float:
+        """The loss of one batch amid the landscape. The code of the model and the settings of the loss show in it."""
+        with unchanged_buffers(self.problem.model), torch.no_grad():
+            tensors = self._shared() | self.points.at(len(self.points.coefficients) // 2, self.own)
+            return float(self._score(tensors, self.problem.batches[0])[0])
+
+    def fill(self, draft: Landscape, options: Options, identify: Callable[[], str]) -> Landscape:
         """Computes what is missing of ``draft``: the points of its grid, then those of its path.
+
+        ``identify``: makes the ``identity_of`` the landscape, which takes a while, and is called if there is a file only.
 
         Raises:
             ValueError: ``options.file`` belongs to another landscape.
+            OSError: it cannot be written. Nothing has been computed then.
         """
         np = needed("numpy", "landscapes")
         n = len(self.points.coefficients)
         loss, accuracy, done = np.full(n, np.nan), np.full(n, np.nan), np.zeros(n, dtype=bool)
-        if options.file is not None and Path(options.file).exists():
-            loss, accuracy, done = _so_far(Path(options.file), identity, n)
+        file = None if options.file is None else Path(options.file)
+        if file is not None:
+            _check_writable(file)
+            identity, probe = identify(), self._probe()
+            close = 1e-3 if all(w.dtype.itemsize > 2 for w in self.problem.weights) else 3e-2  # on another machine
+
+        def take() -> None:
+            """What the file has, of this process or of another that works on it too."""
+            if file is not None and file.exists():
+                theirs = _so_far(file, identity, n, probe, close)
+                new = theirs["computed"] & ~done
+                loss[new], accuracy[new], done[new] = theirs["losses"][new], theirs["accuracies"][new], True
 
         def save() -> None:
-            if options.file is not None:
-                more = {"identity": identity, "computed": done, "losses": loss, "accuracies": accuracy}
-                write(_filled(draft, loss, accuracy), options.file, more)
+            if file is not None:
+                take()
+                more = {"identity": identity, "probe": probe, "computed": done, "losses": loss, "accuracies": accuracy}
+                write(_filled(draft, loss, accuracy), file, more)
 
-        if options.file is not None:
-            Path(options.file).parent.mkdir(parents=True, exist_ok=True)
+        take()
         saved, news = time.monotonic(), False
         with progress_bar(n, draft.title or draft.kind, "point", options.progress) as report:
             report(int(done.sum()))
@@ -211,6 +256,13 @@ class _Moved(nn.Module):
         return functional_call(self.model, self.tensors, args, kwargs)
 
 
+def _n_labels(batch: Batch) -> int:
+    """How many samples of it have a label that counts; all, where targets are something else."""
+    if not isinstance(batch.y, Tensor) or batch.y.dtype != torch.int64 or batch.y.dim() == 0:
+        return batch.n
+    return int((batch.y >= 0).reshape(len(batch.y), -1).any(1).sum())
+
+
 def _is_statistic(model: nn.Module, name: str) -> bool:
     owner, _, _ = name.rpartition(".")
     return isinstance(model.get_submodule(owner), nn.modules.batchnorm._BatchNorm)
@@ -230,15 +282,27 @@ def _filled(draft: Landscape, loss: Array, accuracy: Array) -> Landscape:
     )
 
 
-def _so_far(path: Path, identity: str, n: int) -> tuple[Array, Array, Any]:
-    np = needed("numpy", "landscapes")
+def _check_writable(path: Path) -> None:
+    """Before hours of work, not after."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            same = "identity" in file.files and str(file["identity"]) == identity
-            if same and len(file["computed"]) == n:
-                return file["losses"], file["accuracies"], file["computed"]
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"file={str(path)!r} is no landscape that can be read: give another name") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        why = f"file={str(path)!r} cannot be written ({error.strerror}): give a name in another folder"
+        raise OSError(error.errno, why) from error
+
+
+def _so_far(path: Path, identity: str, n: int, probe: float, close: float) -> dict[str, Any]:
+    file = read(path, "file")
+    if str(file.get("identity")) == identity and len(file["computed"]) == n:
+        before = float(file["probe"])
+        if math.isclose(before, probe, rel_tol=close, abs_tol=1e-6) or (math.isnan(before) and math.isnan(probe)):
+            return file
+        raise ValueError(
+            f"file={str(path)!r} is of another landscape (the model or the loss computes something else: {before:.6g} where "
+            f"it is {probe:.6g} now): give another name, or delete it"
+        )
     raise ValueError(
         f"file={str(path)!r} is of another landscape (other weights, data, points or options): give another name, or delete it"
     )
@@ -247,14 +311,19 @@ def _so_far(path: Path, identity: str, n: int) -> tuple[Array, Array, Any]:
 def right_answers(outputs: Any, y: Any, wanted: bool | None, loss: Tensor) -> Tensor:
     """Per cent of labels that are the largest logit, 0-d float64; NaN if there is none and ``wanted`` is not True.
 
+    Labels below 0 (``ignore_index``) are left out. Where a logit is NaN there is no answer, and no accuracy.
+
     Raises:
         ValueError: ``wanted`` is True, and outputs and targets are no logits and labels.
     """
     integers = isinstance(y, Tensor) and y.dtype == torch.int64 and y.dim() >= 1
     logits = integers and isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.dim() == y.dim() + 1
+    logits = logits and outputs.shape[1] > 1
     if logits and wanted is not False and outputs.shape[:1] + outputs.shape[2:] == y.shape and (wanted or y.dim() == 1):
-        right: Tensor = (outputs.argmax(1) == y).double().mean() * 100
-        return right
+        right = torch.where(outputs.isnan().any(1), torch.nan, (outputs.argmax(1) == y).double())
+        counted = y >= 0
+        share: Tensor = torch.where(counted, right, 0.0).sum() / counted.sum() * 100
+        return share
     if wanted:
         raise ValueError(
             "accuracy=True needs logits of shape (n, classes, ...) and int64 labels of shape (n, ...), got "
@@ -267,13 +336,19 @@ def _kind_of(x: Any) -> str:
     return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def identity_of(problem: Problem, tensors: Mapping[str, Any], settings: Sequence[Any]) -> str:
-    """Of all that a landscape depends on: weights, buffers, data, loss, and what it was asked for."""
+def identity_of(
+    problem: Problem, tensors: Mapping[str, Any], settings: Sequence[Any], replaced: Collection[str] = ()
+) -> str:
+    """Of all that a landscape depends on: weights, buffers, data, the loss's name, and what it was asked for.
+
+    ``replaced``: names of those of the model's tensors that checkpoints replace: only their dtypes count.
+    """
     digest = hashlib.sha256()
     loss, model = problem.loss_fn, type(problem.model)
     name = getattr(loss, "__qualname__", type(loss).__qualname__)
     digest.update(repr((1, model.__qualname__, problem.names, name, problem.seed, *settings)).encode())
-    own = (dict(problem.model.named_parameters()), dict(problem.model.named_buffers()))
+    own = {**dict(problem.model.named_parameters()), **dict(problem.model.named_buffers())}
+    own = {name: x.new_empty(0) if name in replaced else x for name, x in own.items()}
     _take_in(digest, (own, tensors, [tuple(batch) for batch in problem.batches]))
     return digest.hexdigest()
 
@@ -286,9 +361,11 @@ def _take_in(digest: Hash, tree: Any) -> None:
             digest.update(repr((leaf.dtype, tuple(leaf.shape))).encode())
             x = leaf.detach()
             x = (x if x.layout == torch.strided else x.to_dense()).cpu().contiguous().reshape(-1)
-            digest.update(x.view(torch.uint8).numpy().tobytes())
-        else:
+            digest.update(x.view(torch.uint8).numpy())
+        elif leaf is None or isinstance(leaf, (bool, int, float, complex, str, bytes)):
             digest.update(repr(leaf).encode())
+        else:  # the repr of an array is abridged, that of other things has their address
+            digest.update(pickle.dumps(leaf))
 
 
 def as_batches(reestimate: Any, problem: Problem) -> list[Any] | None:
