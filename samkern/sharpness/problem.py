@@ -217,12 +217,13 @@ def dense(x: Tensor) -> Tensor:
 def problem(model: nn.Module, loss_fn: LossFn, data: Iterable[tuple[Any, Any]], seed: int = 0) -> Iterator[Problem]:
     """In the block, the model is in evaluation mode and its loss a function of its weights.
 
-    Afterwards weights, buffers, ``.grad``, modes and the random numbers of torch, Python and NumPy are as they were.
+    Afterwards weights, buffers, ``.grad``, modes and the random numbers of torch, Python, NumPy and a loader are as they were.
 
     Args:
         model: its parameters that require a gradient are the variables. ``torch.compile`` and data parallel wrappers are
             looked through.
-        loss_fn: ``loss_fn(model(x), y)`` is the mean loss of a batch.
+        loss_fn: ``loss_fn(model(x), y)`` is the mean loss of a batch. In it the model has the weights that are looked at: a
+            penalty on ``model.parameters()`` counts.
         data: pairs ``(x, y)``, tensors or nested tuples, lists and dicts of them. Read once, and kept on the device of the
             weights: of a large loader take a part, ``itertools.islice(loader, 10)``. A batch counts as many samples as the
             first tensor in it has rows.
