@@ -39,6 +39,7 @@ $(VENV)/installed-%: pyproject.toml constraints.txt setup.py $(wildcard csrc/*) 
 build-in-place:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 
+# Ends with the path of a page that compares the runs: demo-results/report.html.
 demo: $(BUILT)
 	$(RUN) -m samkern demo $(OPTIONS)
 

@@ -204,7 +204,9 @@ def score(candidate: Candidate, seed: int, epochs: int) -> Row:
     fit = study.Fit(entry, net, data, epochs, seed)
     *_, pairs = fit.run()
     with fit.tested():
-        held_out, train = study.accuracy(net, data.test_x, data.test_y), study.accuracy(net, data.train_x, data.train_y)
+        (_, held_out), (_, train) = (
+            study.score(net, x, y) for x, y in ((data.test_x, data.test_y), (data.train_x, data.train_y))
+        )
     return Row(
         method=candidate.method,
         options=candidate.written,

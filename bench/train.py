@@ -7,8 +7,9 @@
     python -m bench.train --smoke                    # all methods, synthetic images, a narrow net, on the CPU: seconds
 
 Runs go one after another, every method on every seed. ``--option`` belongs to the ``--method`` before it. A row per epoch
-goes to bench/results/<device>/train.csv; at the end stands a table: accuracy, generalisation gap, forward-backward pairs,
-and time per step against SGD, where the bar is 3 % above the number of pairs.
+goes to bench/results/<device>/train.csv, and each run to a folder below bench/results/<device>/runs; at the end stand a page
+that compares the runs and a table: accuracy, generalisation gap, forward-backward pairs, and time per step against SGD, where
+the bar is 3 % above the number of pairs.
 
 bfloat16 autocast, channels last, SGD with momentum 0.9 and weight decay 5e-4, cosine decay after a linear warm-up. Images
 and augmentation live on the device; batches depend on seed and epoch alone, so all methods see the same ones: but LETS, for
@@ -31,6 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import samkern
 from samkern import NotBuiltError
 
 from . import cifar, train_log
@@ -103,6 +105,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoints", type=Path, help="folder for a checkpoint per run, written after each epoch")
     parser.add_argument("--resume", action="store_true", help="go on from --checkpoints, where there are any")
     parser.add_argument("--results", type=Path, help="folder for <device>/train.csv (bench/results; smoke: temporary)")
+    parser.add_argument(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="an HTML page of these runs at the end (yes)",
+    )
     return parser
 
 
@@ -130,25 +138,41 @@ def run_all(
     """Every method on every seed, with a line and a row in the CSV for each epoch. Returns the rows of each run."""
     path = (options.results or RESULTS) / train_log.device_name(device) / "train.csv"
     train_log.append(path, [])  # if that is not possible, it shows before hours of training
-    rows = []
+    rows, folders = [], []
     for entry in entries:
         for seed in options.seeds:
             run = Run(entry, seed, setting, data, device)
             checkpoint = options.checkpoints / f"{run.name}.pt" if options.checkpoints else None
-            if options.resume and checkpoint.exists():
+            goes_on = options.resume and checkpoint.exists()
+            if goes_on:
                 run.load(checkpoint)
                 train_log.append(path, run.rows)
                 print(f"{run.name}: goes on after epoch {len(run.rows)} of {setting.epochs}", flush=True)
-            while not run.finished:
-                row = run.train_epoch()
-                # In this order: an epoch that is in the CSV is never trained again, and a missing row is added later.
-                if checkpoint:
-                    run.save(checkpoint)
-                train_log.append(path, [row])
-                print(train_log.line(row), flush=True)
+            folder = run.folder(path.parent / "runs", resume=goes_on)
+            train_log.note(folder, run.rows)
+            with run.history(folder) as history:
+                while not run.finished:
+                    row = run.train_epoch(history)
+                    # In this order: an epoch that is on record is never trained again, and a missing row is added later.
+                    if checkpoint:
+                        run.save(checkpoint)
+                    train_log.append(path, [row])
+                    train_log.note(folder, [row])
+                    print(train_log.line(row), flush=True)
             rows.append(run.rows)
+            folders.append(folder.path)
     print(f"\nwritten: {path}")
+    if options.report:
+        write_page(folders)
     return rows
+
+
+def write_page(folders: list[Path]) -> None:
+    """The page that compares these runs, beside them, where the packages that it takes are installed."""
+    try:
+        print(samkern.report(folders, folders[0].parent / "report.html", "Training study on CIFAR-10"))
+    except ModuleNotFoundError as error:
+        print(f"no report: {error}")
 
 
 def main(arguments: list[str] | None = None) -> int:

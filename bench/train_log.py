@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import samkern
+from samkern import RunFolder
 
 from . import harness
 
@@ -111,6 +112,20 @@ def append(path: Path, rows: Sequence[Row]) -> None:
             values = asdict(row)
             if tuple(map(str, values.values())) not in there:
                 writer.writerow(values)
+
+
+def note(folder: RunFolder, rows: Sequence[Row]) -> None:
+    """Writes epochs to the run's folder."""
+    for row in rows:
+        folder.epoch(
+            row.epoch,
+            steps=row.epoch * (row.images // row.batch),
+            pairs=row.pairs,
+            seconds=row.seconds,
+            train_loss=row.train_loss,
+            train_accuracy=row.train_accuracy,
+            test_accuracy=row.test_accuracy,
+        )
 
 
 def line(row: Row) -> str:

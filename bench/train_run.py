@@ -18,14 +18,15 @@ from torch.optim import SGD, Optimizer
 from torch.utils.data import Dataset
 
 import samkern
-from samkern import SampleLosses
+from samkern import RunFolder, SampleLosses
 from samkern.backends import resolve
+from samkern.history import History
 from samkern.undisturbed import unchanged_buffers
 
 from . import cifar, nets
 from .atomic_save import atomic_save
 from .step_clock import Step, StepClock
-from .train_log import Row, StudyError, facts
+from .train_log import Row, StudyError, commit, facts
 
 TEST_BATCH = 1000
 
@@ -146,8 +147,11 @@ class Run:
     def finished(self) -> bool:
         return len(self.rows) == self.setting.epochs
 
-    def train_epoch(self) -> Row:
-        """One epoch of training, and the test. Nothing in the loop over batches waits for the device."""
+    def train_epoch(self, history: History | None = None) -> Row:
+        """One epoch of training, and the test. Nothing in the loop over batches waits for the device.
+
+        ``history``: of the optimizer, which is flushed at the end.
+        """
         epoch = len(self.rows) + 1
         clock = StepClock(self.device)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -161,11 +165,15 @@ class Run:
             others = {} if draws is None else {"val_closure": self.val_closure(draws[i], clock, step)}
             loss = self.opt.step(self.closure(x, y, clock, step, answers), **others)
             step.end = clock.now()
+            if history is not None:
+                history.record()
             self.schedule.step()
             loss_sum += loss.detach()
             n_right += (answers[0].argmax(1) == y).sum()  # before any climb, but that of methods with one pass
         train_loss = loss_sum.item() / self.setting.steps_per_epoch
         self.seconds += time.perf_counter() - start
+        if history is not None:
+            history.flush()
         self.pairs += sum(len(step.pairs) for step in clock.steps)
         train_accuracy = 100 * n_right.item() / (self.setting.steps_per_epoch * self.setting.batch)
         test_accuracy = self.test()
@@ -256,6 +264,30 @@ class Run:
             with self.precision():
                 n_right += (self.net(self.data.normalised(images)).argmax(1) == y).sum()
         return 100 * n_right.item() / len(self.data.test_y)
+
+    # ---- on record, for samkern.report
+
+    def folder(self, runs: Path, resume: bool) -> RunFolder:
+        """Its folder below ``runs``. Another setting has another one."""
+        s = self.setting
+        images = s.images + (0 if self.validation is None else len(self.validation.train_y))
+        of_setting = f"{images}-images-{s.epochs}-epochs-width-{s.width}-batch-{s.batch}"
+        method = f"{self.entry.method} {self.entry.written}".strip()
+        return RunFolder(
+            runs / of_setting / self.name,
+            method=method,
+            seed=self.seed,
+            settings=asdict(s),
+            device=self.device,
+            resume=resume,
+            commit=commit(),
+        )
+
+    def history(self, folder: RunFolder) -> contextlib.AbstractContextManager[History | None]:
+        """That of its steps, which the epochs flush. Plain SGD has none."""
+        if not isinstance(self.opt, samkern.SharpnessAware):
+            return contextlib.nullcontext()
+        return folder.history(self.opt, flush_every=self.setting.steps_per_epoch + 1)
 
     # ---- checkpoints: batches depend on (seed, epoch) alone, so there is no state of the input to keep
 

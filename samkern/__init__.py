@@ -4,7 +4,7 @@ import warnings
 
 __version__ = "0.1.0"
 
-from . import fisher, history, landscape, ops, optim, sharpness
+from . import fisher, history, landscape, ops, optim, reporting, sharpness
 from .archive import LogitArchive
 from .backends import NotBuiltError, backends, info, native, use_backend
 from .batchnorm import frozen_running_stats
@@ -39,6 +39,7 @@ from .optim import (
     SharpnessAware,
 )
 from .reestimate import update_bn
+from .reporting import RunFolder, report
 
 if native is None:
     warnings.warn(f"samkern runs on plain PyTorch passes, which are slower: {backends()['cpu'].why}", stacklevel=2)
@@ -72,6 +73,7 @@ __all__ = [
     "LookSAM",
     "MESALoss",
     "NotBuiltError",
+    "RunFolder",
     "SAFLoss",
     "SAMk",
     "SampleLosses",
@@ -84,6 +86,8 @@ __all__ = [
     "landscape",
     "ops",
     "optim",
+    "report",
+    "reporting",
     "sharpness",
     "update_bn",
     "use_backend",

@@ -1,4 +1,4 @@
-"""``python -m samkern info | demo | bench``."""
+"""``python -m samkern info | demo | report | bench``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ USAGE = """usage: python -m samkern <command>
 
   info              version, backends and why each can or cannot run here, build facts
   demo [options]    trains methods of the family on real data and compares them; see demo --help
+  report FOLDER...  one HTML page that compares runs; see report --help
   bench [options]   micro-benchmarks of the passes, from a source checkout; options are pytest's
 """
 
@@ -34,6 +35,10 @@ def main(arguments: list[str]) -> int:
         from .demo import main as demo
 
         return demo(rest)
+    if command == "report":
+        from .reporting.command import main as report
+
+        return report(rest)
     if command == "bench":
         return bench(rest)
     print(USAGE, end="")

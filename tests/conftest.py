@@ -13,6 +13,7 @@ import samkern
 from samkern.backends import in_interpreter
 
 from . import emulator, once
+from .browser import browser, page  # noqa: F401
 from .methods import BASES, METHODS
 from .ranks import Ranks
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections import Counter
 
 import pytest
@@ -12,16 +13,20 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
+pytest.importorskip("jinja2")
+pytest.importorskip("plotly")
 
 from samkern import demo
 from samkern.demo import report, study
+from samkern.reporting import read_runs, slug
 from samkern.sharpness import Measurement
 
 
 @pytest.fixture
 def short(monkeypatch):
-    """No eigenvalues, and times that are no measurements."""
+    """No eigenvalues, coarse landscapes, and times that are no measurements."""
     monkeypatch.setattr(study, "top_eigenvalue", lambda *arguments, **options: Measurement(1.0))
+    monkeypatch.setattr(study, "LANDSCAPE_POINTS", 3)
     monkeypatch.setattr(study, "time_steps", functools.partial(study.time_steps, rounds=4, warm_up=1))
 
 
@@ -48,6 +53,30 @@ def test_one_epoch_of_everything(tmp_path, capsys):
         assert 0 < row["own_share"] < 1
         assert row["pairs_per_step"] >= 1
         assert len(row["runs"]) == 2
+    page = tmp_path / "report.html"
+    assert text.splitlines()[-1] == str(page)
+    assert "Digits with 20 % wrong training labels" in page.read_text()
+    runs = read_runs(tmp_path / "runs")
+    assert [run.name for run in runs] == [f"{slug(e.name)}-seed{seed}" for e in study.ENTRIES for seed in (0, 1)]
+    plain = [entry.name for entry in study.ENTRIES if entry.make is study.sgd]  # torch's optimizers have no history
+    for run, row in zip(runs, (row for row in content["rows"] for _ in range(2)), strict=True):
+        last = run.epochs[-1]
+        (curve,) = (of["curve"] for of in row["runs"] if of["seed"] == run.seed)
+        assert [last["pairs"], last["test_accuracy"]] == curve[-1]
+        assert last["steps"] == (len(run.steps) or last["steps"])
+        assert bool(run.steps) == (run.method not in plain)
+        assert 0 < last["train_loss"] < 5
+        assert run.measures["top eigenvalue"].value == 1.0
+        assert run.measures["fisher rao"].value > 0
+    pictured = [entry.name for entry in study.ENTRIES if entry.pictured]
+    assert [run.method for run in runs if run.landscapes] == pictured
+    assert all(run.seed == 0 for run in runs if run.landscapes)
+
+
+def test_missing_packages_are_told_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(SystemExit, match="jinja2 is not installed; the demo needs"):
+        demo.main(["--out", str(tmp_path)])
 
 
 @pytest.mark.usefixtures("short")

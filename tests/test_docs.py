@@ -37,7 +37,7 @@ def test_examples_in_docstrings(name, tmp_path, monkeypatch):
 
 
 def public_objects():
-    for owner in (samkern, samkern.history, samkern.landscape, samkern.optim, samkern.sharpness):
+    for owner in (samkern, samkern.history, samkern.landscape, samkern.optim, samkern.reporting, samkern.sharpness):
         for name in owner.__all__:
             yield f"{owner.__name__}.{name}", getattr(owner, name)
     for name, value in inspect.getmembers(samkern.ops, inspect.isfunction):
@@ -59,6 +59,8 @@ WITHOUT_EXAMPLE = {  # they are returned or subclassed, not called
     "samkern.optim.RunningAverage",
     "samkern.optim.Schedule",
     "samkern.optim.StepRecord",
+    "samkern.reporting.NoRunsError",
+    "samkern.reporting.UnreadableRunError",
 }
 
 
@@ -199,11 +201,11 @@ ARROWS = {  # a module may import from the left of itself only
     "sharpness": {
         *("lora", "ops", "optim", "philox", "progress", "reference", "reference_noise", "shards", "undisturbed"),
     },
-    "landscape": {"extras", "progress", "reestimate", "sharpness", "undisturbed"},
-    "reporting": {"backends", "extras", "history", "landscape", "sharpness"},
+    "landscape": {"extras", "progress", "reestimate", "reference", "sharpness", "undisturbed"},
+    "reporting": {"backends", "extras", "history", "landscape", "optim", "sharpness"},
     "demo": {
-        *("backends", "fisher", "history", "landscape", "losses", "optim", "reestimate", "reporting", "sharpness"),
-        "undisturbed",
+        *("backends", "extras", "fisher", "history", "landscape", "losses", "optim", "reestimate", "reporting"),
+        *("sharpness", "undisturbed"),
     },
 }
 

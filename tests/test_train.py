@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from PIL import Image
 import samkern
 from bench import cifar, nets, shapes, train, train_log, train_run
 from bench.step_clock import Step, StepClock
+from samkern.reporting import Run
 
 TIMES = {"seconds", "ms_per_step", "own_share", "time"}  # columns that differ from run to run
 ROWS = {
@@ -57,13 +60,22 @@ def passes(monkeypatch):
 
 
 def smoke(folder, *arguments):
-    return train.main(["--smoke", "--width", "2", "--results", str(folder / "results"), *map(str, arguments)])
+    always = ["--smoke", "--no-report", "--width", "2", "--results", str(folder / "results")]
+    return train.main([*always, *map(str, arguments)])
 
 
 def written(folder):
     (path,) = (folder / "results").glob("*/train.csv")
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def on_record(folder):
+    """The run's epochs and steps, without what differs from run to run."""
+    (path,) = (folder / "results").glob("*/runs/*/*")
+    run = Run.read(path)
+    assert [row["seconds"] for row in run.epochs] == sorted(row["seconds"] for row in run.epochs)
+    return [{name: row[name] for name in row if name not in TIMES} for row in run.epochs], run.steps
 
 
 def test_all_methods_run_and_their_pairs_are_those_that_were_taken(tmp_path, capsys, passes):
@@ -143,6 +155,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits(method, tmp_path, monkeypatch, c
     for row, other in zip(written(stopped), written(whole), strict=True):
         assert {name: row[name] for name in row if name not in TIMES} == {n: other[n] for n in other if n not in TIMES}
     assert float(written(stopped)[-1]["seconds"]) > float(written(stopped)[0]["seconds"])
+    epochs, steps = on_record(whole)
+    assert on_record(stopped) == (epochs, steps)  # nothing lost, nothing twice
+    assert [row["epoch"] for row in epochs] == [1, 2, 3]
+    assert [row["step"] for row in steps] == ([] if method[0] == "sgd" else list(range(12)))
 
     before = sum(passes)
     path = next((stopped / "results").glob("*/train.csv"))
@@ -150,6 +166,18 @@ def test_a_stopped_run_goes_on_to_the_same_bits(method, tmp_path, monkeypatch, c
     assert smoke(stopped, *arguments, stopped, "--resume") == 0
     assert sum(passes) == before  # complete: nothing is trained, and the missing row is there again
     assert [row["epoch"] for row in written(stopped)] == ["1", "2", "3"]
+    assert on_record(stopped) == (epochs, steps)
+
+
+def test_the_page_of_a_study(tmp_path, capsys, monkeypatch):
+    assert smoke(tmp_path, "--report", "--epochs", 1, "--method", "sgd", "--method", "sam", "--seeds", 0, 1) == 0
+    path = next(line for line in capsys.readouterr().out.splitlines() if line.endswith("report.html"))
+    page = Path(path).read_text()
+    assert "4 runs" in page
+    assert all(f"<span>{name}" in page for name in ("sgd", "sam"))
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    train.write_page([Path(path).parent / "sgd-seed0"])
+    assert "no report: plotly is not installed" in capsys.readouterr().out
 
 
 def assert_same(ours, theirs):

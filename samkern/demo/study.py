@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from torch.optim import SGD, Optimizer
 from tqdm import tqdm
 
 from ..fisher import SampleLosses
+from ..history import History
+from ..landscape import surface
 from ..losses import MESALoss, SAFLoss
 from ..optim import (
     AESAM,
@@ -27,24 +30,36 @@ from ..optim import (
     EMA,
     GRST,
     LETSSAM,
+    LPFSGD,
     MSAM,
     RST,
     SAM,
     SSAMD,
     SSAMF,
     SWA,
+    WASAM,
     AELookSAM,
     Bernoulli,
     LookLayerSAM,
     LookSAM,
     SAMk,
+    SharpnessAware,
 )
 from ..optim.averaging import WeightAverage
 from ..reestimate import update_bn
-from ..sharpness import top_eigenvalue
+from ..reporting import RunFolder, slug
+from ..sharpness import flatness, top_eigenvalue
 from ..undisturbed import unchanged_buffers
 
 N_TRAIN, BATCH = 1200, 64
+# Beside the top eigenvalue, of every run on record; on a third of the training data.
+MEASURES: dict[str, dict[str, Any]] = {
+    "epsilon_sharpness": {},
+    "adaptive_sharpness": {},
+    "lpf": {"draws": 10},
+    "fisher_rao": {},
+}
+LANDSCAPE_POINTS = 15  # along each direction
 FIVE_EPOCHS = 5 * math.ceil(N_TRAIN / BATCH)  # in steps
 BASE: dict[str, Any] = {"lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4}
 
@@ -65,7 +80,7 @@ class Entry:
     ``longer``: factor on the epochs. ``in_quick``: whether the short form has it too. ``held_out``: so many of the training
     samples, the last ones, are validation data of the method: it does not train on them. ``average``: of the weights, which
     is what is tested. ``reestimate``: the statistics of BatchNorm before tests; of an average always. ``loss``: in place of
-    cross entropy.
+    cross entropy. ``pictured``: whether the report shows the landscape where its first run has ended.
     """
 
     name: str
@@ -76,6 +91,7 @@ class Entry:
     average: Callable[[Task, Optimizer], WeightAverage] | None = None
     reestimate: bool = False
     loss: Callable[[Task, Optimizer], SAFLoss | MESALoss] | None = None
+    pictured: bool = False
 
 
 def around(method: type, **options: Any) -> Callable[[Task], Optimizer]:
@@ -108,14 +124,40 @@ def _sample_losses(task: Task) -> SampleLosses:
     return SampleLosses(task.model, functional.cross_entropy, (task.x, task.y), num_samples=256)
 
 
+def own_average(_: Task, opt: Optimizer) -> WeightAverage:
+    """That of an optimizer which has one."""
+    average: WeightAverage = opt.average  # type: ignore[attr-defined]
+    return average
+
+
+def ema(decay: float) -> Callable[[Task, Optimizer], WeightAverage]:
+    """An exponential average."""
+    return lambda _, opt: EMA(opt, decay)
+
+
+def late_mean(start: float) -> Callable[[Task, Optimizer], WeightAverage]:
+    """The mean of the weights after all steps from this share of them on."""
+    return lambda task, opt: SWA(opt, start=round(start * task.n_steps))
+
+
+def saf(**options: Any) -> Callable[[Task, Optimizer], SAFLoss]:
+    """With an archive of the answers to all training samples."""
+    return lambda task, _: SAFLoss(len(task.y), 10, **options)
+
+
+def mesa(decay: float, **options: Any) -> Callable[[Task, Optimizer], MESALoss]:
+    """With the answers of an exponential average."""
+    return lambda task, opt: MESALoss(task.model, EMA(opt, decay), **options)
+
+
 ENTRIES: tuple[Entry, ...] = (
-    Entry("SGD", sgd),
+    Entry("SGD", sgd, pictured=True),
     Entry("SGD, twice the epochs", sgd, longer=2, in_quick=False),
-    Entry("SAM (rho 0.2)", around(SAM, rho=0.2)),
+    Entry("SAM (rho 0.2)", around(SAM, rho=0.2), pictured=True),
     Entry("ASAM (rho 2, eta 0.01)", around(ASAM, rho=2.0), in_quick=False),
     Entry("SAM-k (k 5)", around(SAMk, rho=0.2, k=5)),
     Entry("LookSAM (k 2)", around(LookSAM, rho=0.2, k=2)),
-    Entry("LookSAM (k 5)", around(LookSAM, rho=0.2, k=5)),
+    Entry("LookSAM (k 5)", around(LookSAM, rho=0.2, k=5), pictured=True),
     Entry(
         "SSAM-F (rho 0.3, half)",
         around(SSAMF, rho=0.3, sample_losses=_sample_losses, refresh_interval=FIVE_EPOCHS),
@@ -143,6 +185,16 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("LETS-SAM (rho from 0.2)", around(LETSSAM, rho=0.2), in_quick=False, held_out=100),
     Entry("MSAM (rho 1)", around(MSAM, rho=1.0), in_quick=False),
     Entry("MSAM (rho 2, fading)", around(MSAM, rho=2.0, schedule=_fading)),
+    Entry(
+        "LPF-SGD (std 0.02 to 0.08)",
+        around(LPFSGD, std=0.02, inc=4.0, draws=1, total_steps=n_steps),
+        in_quick=False,
+        reestimate=True,
+    ),
+    Entry("SGD, EMA (0.998)", sgd, in_quick=False, average=ema(0.998)),
+    Entry("WASAM (rho 0.2)", around(WASAM, rho=0.2, total_steps=n_steps), in_quick=False, average=own_average),
+    Entry("SAF (lam 3)", sgd, in_quick=False, loss=saf(lam=3.0, start_epoch=5, lag=3)),
+    Entry("MESA (lam 3)", sgd, in_quick=False, loss=mesa(0.99, lam=3.0, start_epoch=5)),
 )
 
 
@@ -161,7 +213,7 @@ class Run:
     """One training run.
 
     ``kinds``: how many steps took how many forward-backward pairs. ``curve``: pairs so far and test accuracy in per cent,
-    after every second epoch.
+    after every second epoch. ``folder``: where it is on record.
     """
 
     seed: int
@@ -170,6 +222,7 @@ class Run:
     eigenvalue: float
     kinds: Counter[int]
     curve: list[tuple[int, float]]
+    folder: Path | None = None
 
     @property
     def pairs(self) -> int:
@@ -234,44 +287,20 @@ def make_net(seed: int) -> nn.Sequential:
 
 
 @torch.no_grad()
-def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Share of right answers in per cent, in evaluation mode."""
+def score(net: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Mean loss, and share of right answers in per cent, in evaluation mode."""
     net.eval()
-    right: float = (net(x).argmax(1) == y).double().mean().item() * 100
+    answers = net(x)
     net.train()
-    return right
-
-
-def own_average(_: Task, opt: Optimizer) -> WeightAverage:
-    """That of an optimizer which has one."""
-    average: WeightAverage = opt.average  # type: ignore[attr-defined]
-    return average
-
-
-def ema(decay: float) -> Callable[[Task, Optimizer], WeightAverage]:
-    """An exponential average."""
-    return lambda _, opt: EMA(opt, decay)
-
-
-def late_mean(start: float) -> Callable[[Task, Optimizer], WeightAverage]:
-    """The mean of the weights after all steps from this share of them on."""
-    return lambda task, opt: SWA(opt, start=round(start * task.n_steps))
-
-
-def saf(**options: Any) -> Callable[[Task, Optimizer], SAFLoss]:
-    """With an archive of the answers to all training samples."""
-    return lambda task, _: SAFLoss(len(task.y), 10, **options)
-
-
-def mesa(decay: float, **options: Any) -> Callable[[Task, Optimizer], MESALoss]:
-    """With the answers of an exponential average."""
-    return lambda task, opt: MESALoss(task.model, EMA(opt, decay), **options)
+    right: float = (answers.argmax(1) == y).double().mean().item() * 100
+    return functional.cross_entropy(answers, y).item(), right
 
 
 class Fit:
     """Training of a net: SGD-momentum with cosine decay as the base, batches in an order that depends on the seed alone.
 
-    ``kinds`` counts steps by the forward-backward pairs that they took.
+    ``kinds`` counts steps by the forward-backward pairs that they took; ``seconds`` are those in steps; ``losses`` has that of
+    the first pass of each step.
     """
 
     def __init__(self, entry: Entry, net: nn.Module, data: Digits, epochs: int, seed: int) -> None:
@@ -288,14 +317,18 @@ class Fit:
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.opt, n_steps)
         self._generator = torch.Generator().manual_seed(1000 + seed)
         self.kinds: Counter[int] = Counter()
+        self.seconds = 0.0
+        self.losses: list[float] = []
 
-    def run(self) -> Iterator[int]:
+    def run(self, history: History | None = None) -> Iterator[int]:
         """Trains, and yields the pairs so far after every epoch."""
         for epoch in range(self.epochs):
             if self._loss is not None:
                 self._loss.epoch = epoch
             for indices in torch.split(torch.randperm(len(self._y), generator=self._generator), BATCH):
                 self.step(indices)
+                if history is not None:
+                    history.record()
             yield sum(pairs * steps for pairs, steps in self.kinds.items())
 
     def step(self, indices: Tensor) -> tuple[float, list[float]]:
@@ -308,6 +341,7 @@ class Fit:
         seconds = time.perf_counter() - start
         self._schedule.step()
         self.kinds[len(spent)] += 1
+        self.seconds += seconds
         return seconds, spent
 
     @contextlib.contextmanager
@@ -335,32 +369,69 @@ class Fit:
                 loss = functional.cross_entropy(logits, y)
             loss.backward()  # type: ignore[no-untyped-call]
             value = loss.item()
+            if indices is not None and not spent:
+                self.losses.append(value)
             spent.append(time.perf_counter() - start)
             return value
 
         return closure
 
 
-def train(entry: Entry, setting: Setting, seed: int, progress: tqdm[Any]) -> Run:
-    """One run, tested after every second epoch and the last."""
+def train(entry: Entry, setting: Setting, seed: int, progress: tqdm[Any], runs: Path | None = None) -> Run:
+    """One run, tested after every second epoch and the last. ``runs``: a folder for its ``RunFolder``."""
     data, net = load(setting.noise, seed), make_net(seed)
     fit = Fit(entry, net, data, setting.epochs * entry.longer, seed)
+    folder = run_folder(entry, setting, seed, runs) if runs is not None else None
+    on_record = folder is not None and isinstance(fit.opt, SharpnessAware)
     curve = []
-    for epoch, pairs in enumerate(fit.run(), 1):
-        progress.update()
-        if epoch % 2 == 0 or epoch == fit.epochs:
-            with fit.tested():
-                curve.append((pairs, accuracy(net, data.test_x, data.test_y)))
-    third = (data.train_x[: N_TRAIN // 3], data.train_y[: N_TRAIN // 3])
+    with folder.history(fit.opt) if on_record else contextlib.nullcontext() as history:  # type: ignore[union-attr, arg-type]
+        for epoch, pairs in enumerate(fit.run(history), 1):
+            progress.update()
+            found: dict[str, float] = {}
+            if epoch % 2 == 0 or epoch == fit.epochs:
+                with fit.tested():
+                    found["test_loss"], found["test_accuracy"] = score(net, data.test_x, data.test_y)
+                    if epoch % 8 == 0 or epoch == fit.epochs:
+                        _, found["train_accuracy"] = score(net, data.train_x, data.train_y)
+                curve.append((pairs, found["test_accuracy"]))
+            if folder is not None:
+                steps = fit.kinds.total()
+                found["train_loss"] = statistics.fmean(fit.losses[-steps // epoch :])
+                folder.epoch(epoch, steps=steps, pairs=pairs, seconds=fit.seconds, **found)
     with fit.tested():
-        return Run(
-            seed=seed,
-            test_accuracy=curve[-1][1],
-            train_accuracy=accuracy(net, data.train_x, data.train_y),
-            eigenvalue=top_eigenvalue(net, functional.cross_entropy, [third], tol=1e-2, progress=False).value,
-            kinds=fit.kinds,
-            curve=curve,
-        )
+        third = [third_of(data)]
+        eigenvalue = top_eigenvalue(net, functional.cross_entropy, third, tol=1e-2, progress=False)
+        if folder is not None:
+            folder.measure("top eigenvalue", eigenvalue)
+            batches = list(zip(*(torch.split(part, 100) for part in third[0]), strict=True))
+            others = flatness(net, functional.cross_entropy, batches, MEASURES, progress=False)
+            folder.measures({name.replace("_", " "): value for name, value in others.items()})
+        if folder is not None and entry.pictured and seed == setting.seeds[0]:
+            around_it = surface(
+                net, functional.cross_entropy, third, points=LANDSCAPE_POINTS, title=entry.name, progress=False
+            )
+            folder.landscape(around_it)
+    return Run(
+        seed=seed,
+        test_accuracy=curve[-1][1],
+        train_accuracy=found["train_accuracy"],
+        eigenvalue=float(eigenvalue),
+        kinds=fit.kinds,
+        curve=curve,
+        folder=None if folder is None else folder.path,
+    )
+
+
+def run_folder(entry: Entry, setting: Setting, seed: int, runs: Path) -> RunFolder:
+    """Where a run is on record, in place of an earlier one."""
+    settings = {"epochs": setting.epochs * entry.longer, "wrong labels": setting.noise, "batch": BATCH, **BASE}
+    path = runs / f"{slug(entry.name)}-seed{seed}"
+    return RunFolder(path, method=entry.name, seed=seed, settings=settings, resume=False)
+
+
+def third_of(data: Digits) -> tuple[Tensor, Tensor]:
+    """Of the training data, which the curvature is that of."""
+    return data.train_x[: N_TRAIN // 3], data.train_y[: N_TRAIN // 3]
 
 
 def time_steps(rows: list[Row], setting: Setting, rounds: int = 80, warm_up: int = 10) -> None:
@@ -400,8 +471,8 @@ class Result:
     seconds: float
 
 
-def run(setting: Setting) -> Result:
-    """Every entry on every seed, with a progress bar over the epochs."""
+def run(setting: Setting, runs: Path | None = None) -> Result:
+    """Every entry on every seed, with a progress bar over the epochs. ``runs``: a folder to keep them in."""
     start = time.perf_counter()
     rows = [Row(entry) for entry in setting.entries]
     epochs = sum(entry.longer for entry in setting.entries) * len(setting.seeds) * setting.epochs
@@ -409,7 +480,7 @@ def run(setting: Setting) -> Result:
         for row in rows:
             for seed in setting.seeds:
                 progress.set_description(f"{row.entry.name}, seed {seed}")
-                row.runs.append(train(row.entry, setting, seed, progress))
+                row.runs.append(train(row.entry, setting, seed, progress, runs))
         progress.set_description("timing")
         time_steps(rows, setting)
     return Result(setting, rows, time.perf_counter() - start)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -65,6 +65,7 @@ class Problem:
         self.names = [name for name, _ in own]
         self.weights = [p.detach() for _, p in own]
         self.model, self.loss_fn, self.batches, self.seed = model, loss_fn, batches, seed
+        self._around = _Around(model)
         self.n_samples = sum(batch.n for batch in batches)
         self.n_entries = sum(p.numel() for p in self.weights)
 
@@ -73,17 +74,16 @@ class Problem:
         """Of the weights."""
         return self.weights[0].device
 
-    def at(self, weights: Weights, function: Callable[[], T]) -> T:
-        """``function()``, during which the model has ``weights``; calls of the model in it draw from ``seed`` on."""
-        own = {f"model.{name}": w for name, w in zip(self.names, weights, strict=True)}
+    def at(self, tensors: Mapping[str, Tensor], function: Callable[[], T]) -> T:
+        """``function()``, during which the model has ``tensors`` in place of its parameters and buffers of these names."""
         # What is drawn is the same at every evaluation: else a landscape would be noise.
         with random_numbers(self.seed, self.device):
-            found: T = functional_call(_Around(self.model), own, (function,))
+            found: T = functional_call(self._around, {f"model.{name}": x for name, x in tensors.items()}, (function,))
         return found
 
     def outputs(self, weights: Weights, batch: Batch) -> Any:
         """The model's answer, with a graph if weights require a gradient."""
-        return self.at(weights, lambda: self.model(batch.inputs()))
+        return self.at(self._named(weights), lambda: self.model(batch.inputs()))
 
     def loss_of(self, weights: Weights, batch: Batch) -> Tensor:
         """The mean loss of a batch, 0-d, with a graph if weights require a gradient.
@@ -91,17 +91,25 @@ class Problem:
         Raises:
             TypeError, ValueError: ``loss_fn`` returned something else.
         """
-        return self.at(weights, lambda: self._loss(batch))
+        return self.outputs_and_loss(self._named(weights), batch)[1]
 
-    def _loss(self, batch: Batch) -> Tensor:
-        loss = self.loss_fn(self.model(batch.inputs()), batch.y)
+    def outputs_and_loss(self, tensors: Mapping[str, Tensor], batch: Batch) -> tuple[Any, Tensor]:
+        """The same with any parameters and buffers in place of the model's own, by their names, and the model's answer."""
+        return self.at(tensors, lambda: self._outputs_and_loss(batch))
+
+    def _named(self, weights: Weights) -> dict[str, Tensor]:
+        return dict(zip(self.names, weights, strict=True))
+
+    def _outputs_and_loss(self, batch: Batch) -> tuple[Any, Tensor]:
+        outputs = self.model(batch.inputs())
+        loss = self.loss_fn(outputs, batch.y)
         if not isinstance(loss, Tensor):
             raise TypeError(
                 f"loss_fn must return a tensor, got {type(loss).__name__}; return the loss, not its .item()"
             )
         if loss.numel() != 1:
             raise ValueError(f"loss_fn must return the mean loss of a batch, one entry, got shape {tuple(loss.shape)}")
-        return loss.reshape(())
+        return outputs, loss.reshape(())
 
     def losses(self, weights: Weights | None = None, batches: Sequence[Batch] | None = None) -> list[float]:
         """The mean loss of each batch, without a graph."""
@@ -158,10 +166,12 @@ class Problem:
         """
         # Activation checkpointing calls parts of the model in the backward pass: they must see the same weights.
         with torch.enable_grad():
-            return self.at(leaves, lambda: self._differentiated(leaves if of is None else of, batch, create_graph))
+            return self.at(
+                self._named(leaves), lambda: self._differentiated(leaves if of is None else of, batch, create_graph)
+            )
 
     def _differentiated(self, leaves: Weights, batch: Batch, create_graph: bool) -> tuple[Tensor, list[Tensor]]:
-        loss = self._loss(batch)
+        _, loss = self._outputs_and_loss(batch)
         if not loss.requires_grad:
             raise ValueError(
                 "the loss does not depend on the model's parameters that require a gradient: loss_fn must use its first "
