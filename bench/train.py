@@ -159,6 +159,7 @@ def run_all(
                     train_log.append(path, [row])
                     train_log.note(folder, [row])
                     print(train_log.line(row), flush=True)
+            folder.measures({name.replace("_", " "): value for name, value in run.flatness().items()})
             rows.append(run.rows)
             folders.append(folder.path)
     print(f"\nwritten: {path}")

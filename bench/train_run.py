@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import samkern
 from samkern import RunFolder, SampleLosses
 from samkern.backends import resolve
 from samkern.history import History
+from samkern.sharpness import Measurement
 from samkern.undisturbed import unchanged_buffers
 
 from . import cifar, nets
@@ -29,6 +30,8 @@ from .step_clock import Step, StepClock
 from .train_log import Row, StudyError, commit, facts
 
 TEST_BATCH = 1000
+MEASURED = 1024  # images that flatness is measured on
+MEASURES = ("epsilon_sharpness", "adaptive_sharpness", "fisher_rao")
 
 
 def methods() -> dict[str, type[Optimizer]]:
@@ -243,27 +246,42 @@ class Run:
         """bfloat16 autocast on a GPU; on the CPU float32, which is faster there."""
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
 
-    def test(self) -> float:
-        """Share of right answers on the test images, in per cent: of the average, if the method has begun one."""
+    @contextlib.contextmanager
+    def tested(self) -> Iterator[None]:
+        """In the block, the net is what the method has to show: the average, if it has begun one."""
         average = getattr(self.opt, "average", None)
         noisy = isinstance(self.opt, samkern.LPFSGD)
         if not noisy and (average is None or average.n_averaged == 0):
-            return self._test()
-        with unchanged_buffers(self.net) if average is None else average.swapped(self.net), self.precision():
+            yield
+            return
+        with unchanged_buffers(self.net) if average is None else average.swapped(self.net):
             # Statistics of BatchNorm are those of other weights: of some thousand images they are good enough.
             images = torch.split(self.data.train_x[: 50 * self.setting.batch], self.setting.batch)
-            samkern.update_bn(self.net, map(self.data.normalised, images))
-            return self._test()
+            with self.precision():
+                samkern.update_bn(self.net, map(self.data.normalised, images))
+            yield
 
     @torch.no_grad()
-    def _test(self) -> float:
-        self.net.eval()
-        n_right = torch.zeros((), dtype=torch.int64, device=self.device)
-        parts = zip(self.data.test_x.split(TEST_BATCH), self.data.test_y.split(TEST_BATCH), strict=True)
-        for images, y in parts:
-            with self.precision():
-                n_right += (self.net(self.data.normalised(images)).argmax(1) == y).sum()
+    def test(self) -> float:
+        """Share of right answers on the test images, in per cent."""
+        with self.tested():
+            self.net.eval()
+            n_right = torch.zeros((), dtype=torch.int64, device=self.device)
+            parts = zip(self.data.test_x.split(TEST_BATCH), self.data.test_y.split(TEST_BATCH), strict=True)
+            for images, y in parts:
+                with self.precision():
+                    n_right += (self.net(self.data.normalised(images)).argmax(1) == y).sum()
         return 100 * n_right.item() / len(self.data.test_y)
+
+    def flatness(self) -> dict[str, Measurement]:
+        """Measures on some training images, without augmentation and label smoothing, in float32."""
+        x, y = self.data.train_x[:MEASURED], self.data.train_y[:MEASURED]
+        batches = [
+            (self.data.normalised(images), labels)
+            for images, labels in zip(x.split(self.setting.batch), y.split(self.setting.batch), strict=True)
+        ]
+        with self.tested():
+            return samkern.sharpness.flatness(self.net, functional.cross_entropy, batches, MEASURES, progress=False)
 
     # ---- on record, for samkern.report
 

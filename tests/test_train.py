@@ -75,6 +75,8 @@ def on_record(folder):
     (path,) = (folder / "results").glob("*/runs/*/*")
     run = Run.read(path)
     assert [row["seconds"] for row in run.epochs] == sorted(row["seconds"] for row in run.epochs)
+    assert set(run.measures) == {"epsilon sharpness", "adaptive sharpness", "fisher rao"}
+    assert run.measures["fisher rao"].value > 0
     return [{name: row[name] for name in row if name not in TIMES} for row in run.epochs], run.steps
 
 
