@@ -98,6 +98,16 @@ def test_no_change_no_drift():
     assert found.g_h.absolute.value == pytest.approx(found.g_s.absolute.value)
 
 
+def test_gradients_of_what_the_loss_has_are_not_touched():
+    model, scale = net(), nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def penalised(out, y):
+        return loss_fn(out * scale, y) + sum(p.square().sum() for p in model.parameters())
+
+    gradient_drift(model, penalised, batches(3), make_optimizer=SGD, k=1)
+    assert [p.grad for p in (scale, *model.parameters())] == [None] * 5
+
+
 def test_too_few_batches():
     with pytest.raises(ValueError, match=r"data has 3 batches, a drift over k=3 steps needs at least 4"):
         gradient_drift(net(), loss_fn, batches(3), make_optimizer=SGD, k=3)

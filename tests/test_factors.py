@@ -15,6 +15,7 @@ from samkern.sharpness import balancedness, scaled_trace
 from .lists import seeded
 from .measured import as_vector
 from .oracles import measures as oracle
+from .test_hessian import Once
 
 
 class Factorisation(nn.Module):
@@ -114,6 +115,14 @@ def test_of_attention():
     w = torch.cat([model.left.detach().flatten(), model.right.detach().flatten()])
     left, right = oracle.block_traces(loss, w, [10, 6])
     assert found.value == pytest.approx(left / 5 + right / 3, rel=1e-9)
+
+
+def test_a_loss_that_cannot_be_differentiated_twice():
+    """Else its part would be left out in silence."""
+    model = Factorisation()
+    data = [(torch.ones(5, 3, dtype=torch.float64), None)]
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated: .*@once_differentiable$"):
+        scaled_trace(model, lambda out, _: Once.apply(out).sum(), data, factors=[(model.left, model.right)])
 
 
 def test_the_error_over_probes():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import random
+import weakref
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from samkern.sharpness import (
     top_eigenvalues,
 )
 
-from .lists import BF16, FP32, FP64, dtype_name, same_bits, same_tree
+from .lists import BF16, FP32, FP64, dtype_name, same_bits, same_tree, seeded
 from .oracles import hessian as oracle
 from .problems import Quadratic, batch, make_net
 
@@ -231,6 +233,25 @@ def test_the_density_has_the_moments_of_the_products():
     )
 
 
+def test_the_density_of_what_is_not_finite():
+    nodes = torch.full((2, 3), math.nan, dtype=torch.float64)
+    density = SpectralDensity(nodes, torch.full_like(nodes, 1 / 3), n_entries=3)
+    assert math.isnan(density.share_above(0.0).value)
+
+
+def test_the_density_of_no_entries():
+    class Empty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(0))
+
+        def forward(self, x):
+            return self.w.square().sum()
+
+    density = spectral_density(Empty(), itself, ONCE)
+    assert (density.n_entries, density.moment(1).value) == (0, 0)
+
+
 def test_with_all_steps_nodes_are_the_eigenvalues():
     spectrum = [9.0, 4.0, 1.0, 0.5, -3.0]
     density = spectral_density(Quadratic(spectrum), itself, ONCE, probes=3, steps=50)
@@ -430,6 +451,51 @@ def test_everything_is_left_as_it_was(name, product, raising):
 
 
 @every_measure
+def test_sparse_gradients(name):
+    def embedding(sparse):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Embedding(5, 4, sparse=sparse), nn.Flatten(), nn.Linear(8, 3))
+
+    x = torch.randint(0, 5, (12, 2), generator=seeded(0))
+    data = [(part, part[:, 0] % 3) for part in x.split(6)]
+    found, expected = (numbers(MEASURES[name](embedding(sparse), F.cross_entropy, data)) for sparse in (True, False))
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+class Counted(torch.autograd.Function):
+    """The identity; each call leaves a mark that lives as long as the graph."""
+
+    alive: weakref.WeakSet[type] = weakref.WeakSet()
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark = type("Mark", (), {})
+        Counted.alive.add(ctx.mark)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return Counted.apply(g)
+
+
+def test_one_graph_at_a_time():
+    """Memory is that of one batch."""
+    model, most = nn.Linear(2, 1), []
+
+    def loss_fn(out, y):
+        gc.collect()
+        most.append(len(Counted.alive))
+        return (Counted.apply(out) - y).square().mean()
+
+    data = [(torch.ones(2, 2), torch.ones(2, 1)) for _ in range(3)]
+    hessian_trace(model, loss_fn, data, probes=2)
+    assert most == [0, 0, 0]
+    gc.collect()
+    assert not Counted.alive
+
+
+@every_measure
 def test_seeds(name):
     net, loss_fn, data = learning("mlp", FP32)
     once, again, other = (numbers(MEASURES[name](net, loss_fn, data, seed=seed)) for seed in (1, 1, 2))
@@ -485,8 +551,9 @@ def test_a_model_that_cannot_be_differentiated_twice():
     model = nn.Linear(2, 1, bias=False).double()
     model.weight.data.fill_(1)
     data = [(torch.tensor([[2.0, 0.0]], dtype=FP64), None)]  # loss = (2 w)^4
-    with pytest.raises(RuntimeError, match=r"cannot be differentiated.*product='difference'"):
-        top_eigenvalue(model, lambda out, _: Once.apply(out).square().mean(), data)
+    for loss_fn in (lambda out, _: Once.apply(out).square().mean(), lambda out, _: Once.apply(out).mean()):
+        with pytest.raises(RuntimeError, match=r"cannot be differentiated.*product='difference'"):
+            top_eigenvalue(model, loss_fn, data)
     found = top_eigenvalue(model, lambda out, _: Once.apply(out).square().mean(), data, product="difference")
     assert found.value == pytest.approx(192, rel=1e-6)
     with pytest.raises(RuntimeError, match=r"^mat1 and mat2 shapes"):  # an error of the model's own stays as it is

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import math
 import random
 import sys
 import types
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from samkern import sharpness
 from samkern.sharpness.problem import problem
 from samkern.sharpness.suite import MEASURES
 
-from .lists import BF16, FP16, FP32, FP64, dtype_name
+from .lists import BF16, FP16, FP32, FP64, dtype_name, seeded
 from .measured import CALLS, WITHOUT_LOSS, loss_fn, odd, odd_data
 from .oracles import measures as oracle
 
@@ -288,3 +292,170 @@ def test_many_at_once():
     assert all(isinstance(m, sharpness.Measurement) and math.isfinite(m.value) for m in found.values())
     with pytest.raises(ValueError, match=r"measures must be of .*lpf.*, got 'sharpness'"):
         sharpness.flatness(model, loss_fn, odd_data(), ["lpf", "sharpness"])
+
+
+# ---- what is around a measure, and in a model and its loss
+
+
+class Checkpointed(nn.Module):
+    """Its first layers are computed again in the backward pass, or not."""
+
+    def __init__(self, again):
+        super().__init__()
+        self.first, self.head, self.again = (
+            nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5)),
+            nn.Linear(5, 3),
+            again,
+        )
+
+    def forward(self, x):
+        return self.head((checkpoint(self.first, x, use_reentrant=False) if self.again else self.first(x)).tanh())
+
+
+def plain_data(n=6):
+    return [(torch.randn(n, 4, generator=seeded(0)), torch.randint(0, 3, (n,), generator=seeded(1)))]
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        functools.partial(sharpness.epsilon_sharpness, rho=0.5, steps=3),
+        functools.partial(sharpness.local_entropy_gradient, rho=2.0, draws=2),
+        functools.partial(sharpness.top_eigenvalue, product="difference", max_products=3),
+        functools.partial(sharpness.top_eigenvalue, max_products=3),
+    ],
+    ids=["epsilon", "local_entropy", "difference", "exact"],
+)
+def test_what_is_computed_again_has_the_same_weights(measure):
+    """Activation checkpointing calls layers in the backward pass."""
+    kept, again = Checkpointed(False), Checkpointed(True)
+    again.load_state_dict(kept.state_dict())
+    expected = measure(kept, loss_fn, plain_data()).value
+    assert measure(again, loss_fn, plain_data()).value == pytest.approx(expected, rel=1e-6)
+
+
+class Padded(nn.Module):
+    """Outputs of padded positions count, which fused Transformer layers set to 0."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        self.layers, self.head = nn.TransformerEncoder(layer, 1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        padded = torch.arange(5).expand(len(x), 5) > 2
+        return self.head(self.layers(x[:, None] * torch.arange(1, 6)[:, None], src_key_padding_mask=padded).mean(1))
+
+
+def test_a_loss_is_the_same_with_a_graph_and_without():
+    fused = torch.backends.mha.get_fastpath_enabled()
+    assert sharpness.epsilon_sharpness(Padded(), loss_fn, plain_data(), rho=0.0).value == pytest.approx(0, abs=1e-6)
+    assert torch.backends.mha.get_fastpath_enabled() == fused
+
+
+@measures
+def test_without_gradients_around(name):
+    expected = CALLS[name](odd(), loss_fn, odd_data())
+    model = odd()
+    with torch.no_grad():
+        assert CALLS[name](model, loss_fn, odd_data()) == expected
+    with torch.inference_mode():
+        assert CALLS[name](model, loss_fn, odd_data()) == expected
+        assert torch.is_inference_mode_enabled()
+        data = odd_data()
+    assert CALLS[name](model, loss_fn, data) == expected
+
+
+def test_autocast_around_keeps_no_weights():
+    """Its cache would hold those of every evaluation until it ends."""
+    model, seen = nn.Linear(4, 3), []
+    model.register_forward_pre_hook(lambda module, args: seen.append(weakref.ref(module.weight)))
+    with torch.autocast("cpu", dtype=BF16):
+        sharpness.epsilon_sharpness(model, loss_fn, plain_data(), steps=3)
+        gc.collect()
+        assert len(seen) == 4
+        assert not any(weight() is not None for weight in seen)
+        assert torch.is_autocast_cache_enabled()
+
+
+def test_a_loss_that_draws_draws_the_same():
+    def drawing(out, y):
+        return loss_fn(torch.nn.functional.dropout(out, 0.5), y)
+
+    assert sharpness.epsilon_sharpness(nn.Linear(4, 3), drawing, plain_data(), rho=0.0).value == 0
+
+
+def test_a_penalty_on_the_weights_in_the_loss_counts():
+    model = nn.Linear(4, 3)
+
+    def penalised(out, y):
+        return loss_fn(out, y) + sum(p.square().sum() for p in model.parameters())
+
+    without, found = (
+        sharpness.top_eigenvalues(model, loss, plain_data(), k=1).values[0] for loss in (loss_fn, penalised)
+    )
+    assert found == pytest.approx(without + 2, rel=1e-4)
+
+
+def test_inputs_that_the_model_writes_to():
+    class Scaling(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.mul_(2))
+
+    data = plain_data()
+    assert sharpness.epsilon_sharpness(Scaling(4, 3), loss_fn, data, rho=0.0).value == 0
+    assert torch.equal(data[0][0], plain_data()[0][0])
+
+
+def test_a_loaders_own_generator_is_put_back():
+    (x, y), *_ = plain_data()
+    generator = seeded(3)
+    before = generator.get_state()
+    loader = torch.utils.data.DataLoader([*zip(x, y, strict=True)], batch_size=2, shuffle=True, generator=generator)
+    model = nn.Linear(4, 3)
+    first, second = (sharpness.epsilon_sharpness(model, loss_fn, loader) for _ in range(2))
+    assert torch.equal(generator.get_state(), before)
+    assert first == second
+    assert len(first.parts) == 3
+
+
+def test_recurrent_layers_do_without_cudnn():
+    """Which cannot differentiate them in evaluation mode."""
+    used = []
+
+    def watched(out, y):
+        used.append(torch.backends.cudnn.enabled)
+        return out[0].square().mean()
+
+    before = torch.backends.cudnn.enabled
+    for model in (nn.GRU(4, 3), nn.Sequential(nn.Linear(4, 3))):
+        sharpness.lpf(model, watched, plain_data(), draws=1)
+    assert used == [False, before]
+    assert torch.backends.cudnn.enabled == before
+
+
+@pytest.mark.parametrize(
+    ("model", "seed", "error", "message"),
+    [
+        (nn.Linear(4, 3, dtype=torch.complex64), 0, TypeError, "complex parameters"),
+        (nn.LazyLinear(3), 0, ValueError, "parameters without a shape: call it once"),
+        (nn.Linear(4, 3), 2**64, ValueError, "seed must have 64 bits, got 18446744073709551616"),
+        (nn.Linear(4, 3), 0.5, TypeError, "seed must be an integer, got 0.5"),
+    ],
+    ids=["complex", "lazy", "large seed", "broken seed"],
+)
+def test_models_and_seeds_that_cannot_be(model, seed, error, message):
+    with pytest.raises(error, match=message):
+        sharpness.lpf(model, loss_fn, plain_data(), draws=1, seed=seed)
+
+
+def test_seeds_of_numpy():
+    model = nn.Linear(4, 3)
+    found, expected = (sharpness.lpf(model, loss_fn, plain_data(), draws=2, seed=seed) for seed in (np.int64(3), 3))
+    assert found == expected
+
+
+def test_means_of_what_is_not_finite():
+    assert math.isnan(sharpness.Measurement.mean([math.inf, -math.inf]).value)
+    assert sharpness.Measurement.mean([math.inf, 1.0]).value == math.inf
+    assert sharpness.Measurement.mean([1e308] * 3).value == pytest.approx(1e308)

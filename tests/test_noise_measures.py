@@ -95,6 +95,12 @@ def test_a_loss_that_overflows_far_away_is_above():
     assert 1e-11 < found.value < 1e-7
 
 
+def test_of_a_loss_that_is_infinite_at_the_weights():
+    model = nn.Linear(2, 2)
+    data = [(torch.ones(1, 2), None)]
+    assert math.isnan(pac_bayes(model, lambda out, _: out.sum() + math.inf, data, draws=2).value)
+
+
 def test_draws_that_are_not_kept_are_made_again(monkeypatch):
     given = (net(), loss_fn, data())
     kept = pac_bayes(*given, draws=3)

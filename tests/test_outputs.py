@@ -107,6 +107,24 @@ def test_sample_by_sample(cls):
     assert all("torch.func does not take this model or loss (RuntimeError" in message for message in ours)
 
 
+def test_parts_without_gradients_within():
+    """What torch.no_grad() keeps from backward derivatives it does not keep from forward ones."""
+
+    def half_constant(out, y):
+        with torch.no_grad():
+            constant = out * 3
+        return loss_fn(out + constant, y)
+
+    model, (x, y) = relu_net(2), samples()
+    with pytest.warns(UserWarning, match=r"one by one.*torch.no_grad\(\) within"):
+        found = fisher_rao(model, half_constant, [(x, y)])
+    expected = []
+    for i in range(len(y)):
+        gradients = torch.autograd.grad(half_constant(model(x[i : i + 1]), y[i : i + 1]), list(model.parameters()))
+        expected.append(sum((g * w).sum().item() for g, w in zip(gradients, model.parameters(), strict=True)) ** 2)
+    assert found.parts == pytest.approx(expected, rel=1e-6)
+
+
 def test_errors_of_the_user_are_not_about_torch_func():
     def broken(out, y):
         raise ZeroDivisionError("mine")

@@ -173,8 +173,8 @@ class Sweep:
         return tensors
 
     def _score(self, tensors: Named, batch: Batch) -> Tensor:
-        outputs = self.problem.outputs_with(tensors, batch)
-        loss = self.problem.loss_from(outputs, batch).double()
+        outputs, loss = self.problem.outputs_and_loss(tensors, batch)
+        loss = loss.double()
         return torch.stack([loss, right_answers(outputs, batch.y, self.accuracy, loss)])
 
     def _means(self, scores: list[list[float]]) -> tuple[float, float]:

@@ -86,7 +86,8 @@ def gradient_drift(
     """
     at_least("rho", rho, 0)
     at_least_int("k", k, 1)
-    trained = copy.deepcopy(unwrapped(model))
+    with torch.inference_mode(False):  # whose tensors cannot be trained
+        trained = copy.deepcopy(unwrapped(model))
     training = [m for m in trained.modules() if m.training]
     recent: deque[list[list[Tensor]]] = deque(maxlen=k)
     absolute: list[list[float]] = [[], [], []]
@@ -94,7 +95,8 @@ def gradient_drift(
     with problem(trained, loss_fn, data, seed) as p:
         if len(p.batches) <= k:
             raise ValueError(f"data has {len(p.batches)} batches, a drift over k={k} steps needs at least {k + 1}")
-        optimizer = make_optimizer([w for w in trained.parameters() if w.requires_grad])
+        params = [w for w in trained.parameters() if w.requires_grad]
+        optimizer = make_optimizer(params)
         for m in training:
             m.training = True
         with progress_bar(len(p.batches), "drift", "step", progress) as advance:
@@ -107,7 +109,7 @@ def gradient_drift(
                         absolute[i].append(change)
                         relative[i].append(change / (math.sqrt(ops.norms(earlier)[0, -1].item()) + TINY))
                 recent.append(parts)
-                _step(trained, loss_fn, batch, optimizer)
+                _step(trained, params, loss_fn, batch, optimizer)
                 advance(1)
     return GradientDrift(
         *(Drift(Measurement.mean(a), Measurement.mean(r)) for a, r in zip(absolute, relative, strict=True))
@@ -148,11 +150,11 @@ def _parts(p: Problem, batch: Batch, rho: float) -> list[list[Tensor]]:
     return [g_s, g_h, g_v]
 
 
-def _step(model: nn.Module, loss_fn: LossFn, batch: Batch, optimizer: Any) -> None:
+def _step(model: nn.Module, params: list[nn.Parameter], loss_fn: LossFn, batch: Batch, optimizer: Any) -> None:
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = loss_fn(model(batch.x), batch.y)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = loss_fn(model(batch.inputs()), batch.y)
+        loss.backward(inputs=params)  # type: ignore[no-untyped-call]  # not into those that loss_fn may have
         return loss.detach()
 
     with torch.enable_grad():

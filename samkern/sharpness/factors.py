@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import ops
 from ..lora import Adapter, factor_pairs
 from ..optim.checks import at_least_int
 from ..progress import progress_bar
-from ..reference import math_dtype
 from ..undisturbed import unwrapped
 from .measurement import Measurement
-from .problem import LossFn, Problem, problem
+from .problem import LossFn, Problem, dense, problem
+from .products import differentiable_twice, refuse_dead_ends
 
 PROBES = 64
 EXACT_UP_TO = 256  # entries of all factors, each of which takes a product
@@ -53,6 +52,7 @@ def scaled_trace(
         TypeError: a pair is no pair.
         ValueError: there is no pair, or one of other shapes, or of what is no parameter of the model that requires a gradient;
             ``probes`` is out of range, or ``data`` is empty.
+        RuntimeError: the model cannot be differentiated twice.
 
     >>> class Product(torch.nn.Module):
     ...     def __init__(self):
@@ -82,7 +82,7 @@ def scaled_trace(
         n = [size if exact else probes or PROBES for size in sizes]
         forms: list[list[float]] = [[0.0] * of_block for of_block in n]
         bar = progress_bar(sum(n) * len(p.batches), "scaled trace", "product", progress)
-        with bar as advance, sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
+        with bar as advance, differentiable_twice():
             for block, draw, form in _quadratic_forms(p, places, n, exact):
                 forms[block][draw] += form / blocks[block][1]
                 advance(1)
@@ -142,7 +142,8 @@ def _quadratic_forms(
     leaves = p.leaves()
     factors = [leaves[place] for place in places]
     for batch in p.batches:
-        grads = p.differentiated(p.loss_of(leaves, batch), factors, create_graph=True)
+        _, grads = p.differentiated(leaves, batch, factors, create_graph=True)
+        refuse_dead_ends(grads)
         for draw in range(max(n)):
             signs = [] if exact else p.signs(draw)
             for block, (w, g) in enumerate(zip(factors, grads, strict=True)):
@@ -151,14 +152,14 @@ def _quadratic_forms(
                 v = _unit(w, draw) if exact else signs[places[block]]
                 form = _quadratic_form(g, w, v) * batch.n / p.n_samples
                 yield block, draw, form
+        del grads, g  # the graph, before the next one is made
 
 
 def _quadratic_form(g: Tensor, w: Tensor, v: Tensor) -> float:
     if not g.requires_grad:  # the loss is linear
         return 0.0
-    inner = (g.to(math_dtype(w.dtype)) * v).sum()
-    hv = torch.autograd.grad(inner, w, retain_graph=True, materialize_grads=True)[0]
-    return (hv.double() * v.double()).sum().item()
+    hv = torch.autograd.grad(g, w, grad_outputs=v, retain_graph=True, materialize_grads=True)[0]
+    return (dense(hv).double() * v.double()).sum().item()
 
 
 def _unit(w: Tensor, i: int) -> Tensor:

@@ -41,7 +41,8 @@ def top_eigenvalue(
         loss_fn: ``loss_fn(model(x), y)`` is the mean loss of a batch.
         data: pairs ``(x, y)``, at least one.
         tol: relative change of the estimate at which an iteration stops, > 0.
-        max_products: Hessian-vector products at which it stops at the latest, >= 1; each costs about two backward passes.
+        max_products: Hessian-vector products at which an iteration stops at the latest, >= 1; each costs about two backward
+            passes. Where a negative eigenvalue is many times larger in size, they are too few, and the value is too small.
         product: "exact", by differentiating twice, or "difference" of two gradients, where the model does not allow that:
             four digits in float32 if the loss is smooth; ReLU's kinks count.
         seed: of the start vector, and of what the model draws.

@@ -34,7 +34,10 @@ class Measurement:
         Measurement(value=5.0, standard_error=nan, parts=(5.0,))
         """
         parts = tuple(parts)
-        return cls(statistics.fmean(parts), _error_of_mean(parts), parts)
+        n = len(parts)
+        # fmean() refuses infinities of both signs and sums that overflow.
+        value = statistics.fmean(parts) if all(abs(x) < 1e290 for x in parts) else sum(x / n for x in parts)
+        return cls(value, _error_of_mean(parts), parts)
 
     @classmethod
     def weighted_mean(cls, parts: Iterable[float], sizes: Iterable[float]) -> Measurement:

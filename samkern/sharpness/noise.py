@@ -86,8 +86,8 @@ def pac_bayes(
         progress: whether to show a bar, if tqdm is there; None: after two seconds.
 
     Returns:
-        In units of ``1 / w^2``. 0 if the loss never rises so far, infinity if it does next to w; NaN if the loss is NaN. The
-        standard error comes from that of the mean over draws at s, and the slope of that mean; no parts.
+        In units of ``1 / w^2``. 0 if the loss never rises so far, infinity if it does next to w; NaN if the loss at w is not
+        finite. The standard error comes from that of the mean over draws at s, and the slope of that mean; no parts.
 
     Raises:
         ValueError: an option is out of range, ``data`` is empty, or nothing in the model requires a gradient.
@@ -113,7 +113,7 @@ def pac_bayes(
                 advance(1)
             return found
 
-        if math.isnan(at_w):
+        if not math.isfinite(at_w):
             return Measurement(math.nan, math.nan)
         s = _largest(lambda s: sum(rises(s)) / draws <= threshold, _rms(p) or 1.0)
         if s == 0 or math.isinf(s):

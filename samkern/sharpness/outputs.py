@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -64,7 +63,7 @@ def fisher_rao(
                 except Exception as error:  # if it is not about torch.func, the loop raises it again
                     why_one_by_one = error
             for i in range(batch.n):
-                products.append(_alone(p, batch.part(i, i + 1)))
+                products.append(_alone(p, batch.part(i, i + 1))[0])
                 step(1)
         if why_one_by_one is not None:
             why = f"{type(why_one_by_one).__name__}: {(str(why_one_by_one).splitlines() or [''])[0]}"
@@ -180,28 +179,23 @@ def _at_once(p: Problem, batch: Batch) -> list[float]:
 
         return vmap(loss_of, in_dims=in_dims, randomness="different")(batch.x, batch.y)
 
-    _alone(p, batch.part(0, 1))  # raises if the loss does not depend on the weights: its derivative would be a silent 0
-    with torch.no_grad(), _differentiable_attention():
+    # Raises if the loss does not depend on the weights: its derivative would be a silent 0.
+    first, size = _alone(p, batch.part(0, 1))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
         products: Tensor = jvp(losses, (p.weights,), (p.weights,))[1]
     found: list[float] = products.double().tolist()
+    rounding = max(torch.finfo(w.dtype).eps for w in p.weights)
+    # torch.no_grad() does not stop forward-mode derivatives.
+    if abs(found[0] - first) > 0.01 * abs(first) + 20 * rounding * size:
+        raise RuntimeError("forward and backward derivatives differ, as where a model uses torch.no_grad() within")
     return found
 
 
-@contextmanager
-def _differentiable_attention() -> Iterator[None]:
-    """Without fused attention, and fused Transformer layers in evaluation mode: they have no forward-mode derivatives."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-
-
-def _alone(p: Problem, sample: Batch) -> float:
+def _alone(p: Problem, sample: Batch) -> tuple[float, float]:
+    """``<grad l, w>`` of one sample, and the product of the norms, the most that it can be."""
     _, g = p.gradient(batches=[sample])
-    return float(ops.norms(g, p.weights)[1, -1])
+    gg, gw, ww = ops.norms(g, p.weights)[:3, -1].tolist()
+    return gw, (gg * ww) ** 0.5
 
 
 # ---- what outputs say

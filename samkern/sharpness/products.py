@@ -13,9 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..optim.checks import one_of
 from ..reference import math_dtype
-from .problem import Batch, Problem
+from .problem import Batch, Problem, dense
 
 PRODUCTS = ("exact", "difference")
+INSTEAD = "; product='difference' does without"
 
 
 class _Graph(NamedTuple):
@@ -62,11 +63,12 @@ class HessianProducts:
             graph = self._graph(batch)
             for total, v in zip(totals, vectors, strict=True):
                 total.add_(self._second_backward(graph, v), alpha=batch.n / self._n_samples)
+            del graph  # before the next one is made
         return totals
 
     def flat(self, tensors: Sequence[Tensor]) -> Tensor:
         """One vector of what is shaped like the weights."""
-        return torch.cat([x.reshape(-1).to(self.dtype) for x in tensors])
+        return torch.cat([dense(x).reshape(-1).to(self.dtype) for x in tensors])
 
     def shaped(self, v: Tensor) -> list[Tensor]:
         """A vector as tensors shaped like the weights: views."""
@@ -79,10 +81,9 @@ class HessianProducts:
         if self._kept is not None:
             return self._kept
         leaves = self.problem.leaves()
-        with torch.enable_grad(), _differentiable_twice():
-            loss = self.problem.loss_of(leaves, batch)
-            gradients = self.problem.differentiated(loss, leaves, create_graph=True)
-            _refuse_dead_ends(gradients)
+        with differentiable_twice(INSTEAD):
+            _, gradients = self.problem.differentiated(leaves, batch, create_graph=True)
+            refuse_dead_ends(gradients)
         which = [i for i, g in enumerate(gradients) if g.requires_grad]
         graph = _Graph(leaves, [gradients[i] for i in which], which)
         if len(self.batches) == 1:
@@ -95,7 +96,7 @@ class HessianProducts:
         parts = self.shaped(v)
         # v as the gradient of the gradients: <g, v> is differentiated without being computed.
         along = [parts[i] for i in graph.which]
-        with _differentiable_twice():
+        with differentiable_twice(INSTEAD):
             found: tuple[Tensor, ...] = torch.autograd.grad(
                 graph.gradients, graph.leaves, grad_outputs=along, retain_graph=True, materialize_grads=True
             )
@@ -117,20 +118,18 @@ class HessianProducts:
 
 
 @contextmanager
-def _differentiable_twice() -> Iterator[None]:
+def differentiable_twice(instead: str = "") -> Iterator[None]:
     """Attention is computed in the one way whose backward pass can be differentiated; of what cannot, the error says so."""
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     except (RuntimeError, NotImplementedError) as error:
         if any(said in str(error) for said in ("is not implemented", "not supported", "twice", "once_differentiable")):
-            raise RuntimeError(
-                f"the model's backward pass cannot be differentiated: {error}; product='difference' does without"
-            ) from error
+            raise RuntimeError(f"the model's backward pass cannot be differentiated: {error}{instead}") from error
         raise
 
 
-def _refuse_dead_ends(gradients: Sequence[Tensor]) -> None:
+def refuse_dead_ends(gradients: Sequence[Tensor]) -> None:
     """Raises at a function that is differentiable once: torch does not go there, and would leave its part out in silence."""
     nodes = [g.grad_fn for g in gradients]
     seen = set()

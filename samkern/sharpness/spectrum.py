@@ -272,7 +272,8 @@ class SpectralDensity:
 
     def share_above(self, threshold: float) -> Measurement:
         """The share of eigenvalues above ``threshold``: times ``n_entries``, an effective dimension of all of them."""
-        return Measurement.mean((self.weights * (self.nodes > threshold)).sum(1).tolist())
+        above = torch.where(self.nodes.isnan(), self.nodes, (self.nodes > threshold).double())
+        return Measurement.mean((self.weights * above).sum(1).tolist())
 
     def _sigma(self) -> float:
         width = (self.nodes.max() - self.nodes.min()).item()
@@ -334,5 +335,6 @@ def spectral_density(
             values, coordinates = seen.eigen()
             # Where the basis was invariant early, nodes are left over: they repeat the last and weigh nothing.
             nodes[draw] = values[-1] if len(values) else 0.0
-            nodes[draw, : len(values)], weights[draw, : len(values)] = values, coordinates[0].square()
+            nodes[draw, : len(values)], weights[draw, : len(values)] = values, coordinates[:1].flatten().square()
+            del seen  # the basis, before the next one is made
         return SpectralDensity(nodes, weights, at.n_entries)
