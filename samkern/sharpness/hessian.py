@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..optim.checks import at_least, at_least_int, one_of
 from ..progress import progress_bar
+from .lanczos import largest_eigenvalue
 from .measurement import Measurement
 from .problem import LossFn, problem
 from .products import PRODUCTS, HessianProducts, inner, norm
@@ -33,16 +34,16 @@ def top_eigenvalue(
 ) -> Measurement:
     """Largest eigenvalue of the loss's Hessian, the curvature along the sharpest direction: the median over batches.
 
-    Power iteration. Where a negative eigenvalue is larger in size, it is repeated on the Hessian shifted by that size. It
-    needs four vectors; ``top_eigenvalues`` converges in fewer products and keeps a vector for each.
+    Power iteration, and Lanczos' iteration where a negative eigenvalue is larger in size. It needs four vectors;
+    ``top_eigenvalues`` converges in fewer products and keeps a vector for each.
 
     Args:
         model: its parameters that require a gradient are the variables.
         loss_fn: ``loss_fn(model(x), y)`` is the mean loss of a batch.
         data: pairs ``(x, y)``, at least one.
-        tol: relative change of the estimate at which an iteration stops, > 0.
+        tol: relative change of the estimate, or size of the residual, at which an iteration stops, > 0.
         max_products: Hessian-vector products at which an iteration stops at the latest, >= 1; each costs about two backward
-            passes. Where a negative eigenvalue is many times larger in size, they are too few, and the value is too small.
+            passes.
         product: "exact", by differentiating twice, or "difference" of two gradients, where the model does not allow that:
             four digits in float32 if the loss is smooth; ReLU's kinks count.
         seed: of the start vector, and of what the model draws.
@@ -70,41 +71,36 @@ def top_eigenvalue(
         for batch in at.batches:
             products = HessianProducts(at, [batch], product)
             start = products.flat(at.normals(0))
-            value, size, v = _power_iteration(products, start, 0.0, tol, max_products, done)
-            # Between eigenvalues of one size and both signs v may rest anywhere: then v'Hv is below norm(Hv).
+            value, size = _power_iteration(products, start, tol, max_products, done)
+            # A negative one dominates; or between eigenvalues of one size and both signs v rests anywhere, where v'Hv is
+            # below norm(Hv). Power iteration on a shifted Hessian would crawl.
             if value < RESTS * size:
-                value, _, _ = _power_iteration(products, v if value > 0 else start, size, tol, max_products, done)
+                value = largest_eigenvalue(products, start, tol, max_products, done)
             values.append(value)
     return Measurement.median(values)
 
 
 def _power_iteration(
-    product: HessianProducts,
-    start: Tensor,
-    shift: float,
-    tol: float,
-    max_products: int,
-    done: Callable[[int], object],
-) -> tuple[float, float, Tensor]:
-    """``v'Hv``, ``norm(Hv)`` and ``v`` where ``v <- Hv + shift v`` has come to rest."""
+    product: HessianProducts, start: Tensor, tol: float, max_products: int, done: Callable[[int], object]
+) -> tuple[float, float]:
+    """``v'Hv`` and ``norm(Hv)`` where ``v <- Hv`` has come to rest."""
     v, length = start, norm(start)
-    value, size = math.nan if length else 0.0, 0.0
+    value = math.nan if length else 0.0
     for _ in range(max_products):
         if length == 0:
             break
         v = v / length
         image = product(v)
-        shifted = image.add(v, alpha=shift)
         # One read a product.
-        found = torch.stack([inner(v, image), inner(image, image), inner(shifted, shifted)]).tolist()
-        previous, value, size, length = value, found[0], math.sqrt(found[1]), math.sqrt(found[2])
+        found = torch.stack([inner(v, image), inner(image, image)]).tolist()
+        previous, value, length = value, found[0], math.sqrt(found[1])
         done(1)
         if not math.isfinite(length):
-            return math.nan, math.nan, v
+            return math.nan, math.nan
         if abs(value - previous) <= tol * abs(value):
             break
-        v = shifted
-    return value, size, v
+        v = image
+    return value, length
 
 
 @dataclass(frozen=True)

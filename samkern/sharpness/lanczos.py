@@ -90,6 +90,38 @@ def lanczos(
     return Tridiagonal(alphas, betas, beta, basis[: len(alphas)], True)
 
 
+def largest_eigenvalue(
+    product: Product, start: Tensor, tol: float, n_products: int, done: Callable[[int], object] = lambda n: None
+) -> float:
+    """The largest eigenvalue, whatever others are, by the same iteration without a basis: in four vectors.
+
+    What is not orthogonalised again comes twice, which leaves the ends of the spectrum where they are (Paige, Linear Algebra
+    and its Applications 34 (1980)). Ends where the residual is below ``tol`` times the value. NaN if a product is not finite.
+    """
+    length, scale = norm(start), 0.0
+    if length == 0:
+        return 0.0
+    noise = UNITS_OF_NOISE * torch.finfo(start.dtype).eps
+    before, v, beta, value = torch.zeros_like(start), start / length, 0.0, math.nan
+    alphas: list[float] = []
+    betas: list[float] = []
+    for _ in range(n_products):
+        w = product(v)
+        done(1)
+        alphas.append(dots(v[None], w).item())
+        w = w.sub(v, alpha=alphas[-1]).sub_(before, alpha=beta)
+        beta = norm(w)
+        if not math.isfinite(alphas[-1]) or not math.isfinite(beta):
+            return math.nan
+        values, vectors = Tridiagonal(alphas, betas, beta, v[None], True).eigen()
+        value, scale = values[-1].item(), max(scale, abs(alphas[-1]), beta)
+        if beta * abs(vectors[-1, -1].item()) <= tol * abs(value) or beta <= noise * scale:
+            break
+        betas.append(beta)
+        before, v = v, w / beta
+    return value
+
+
 def orthogonalise(w: Tensor, basis: Tensor) -> float:
     """Takes out of ``w`` what it has of ``basis``; returns its norm, which is NaN if it is not finite."""
     before = norm(w)
