@@ -97,6 +97,15 @@ def test_two_eigenvalues_of_one_size(seed):
     assert found.value == pytest.approx(4, rel=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [FP64, FP32], ids=dtype_name)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_small_eigenvalue_beside_a_large_negative_one(seed, dtype):
+    """A shifted power iteration would need thousands of products, and end below without a sign."""
+    spectrum = [1.0, 0.3, -50.0, -49.0, *[0.0] * 297]
+    found = top_eigenvalue(Quadratic(spectrum, dtype), itself, ONCE, seed=seed)
+    assert found.value == pytest.approx(1, rel=1e-4)
+
+
 def test_the_median_over_batches():
     model = Quadratic([2.0, 1.0])
     found = top_eigenvalue(model, itself, [(x, None) for x in (1.0, 100.0, 3.0)], tol=1e-9)
