@@ -591,3 +591,19 @@ def test_an_archive_of_logits_from_the_gpu(kind, tmp_path):
         assert there.all()
         assert torch.equal(kept, expected)
         assert archive.filled(max(epoch - 2, 0)) == 512
+
+
+def test_measures_and_landscapes_agree_with_the_cpu():
+    """Draws are the same numbers on every device; the arithmetic differs in rounding alone."""
+    loss_fn, found = nn.functional.cross_entropy, {}
+    x, y = torch.randn(60, 20), torch.randint(0, 5, (60,))
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(20, 30), nn.BatchNorm1d(30), nn.Tanh(), nn.Linear(30, 5)).to(device)
+        before = [p.clone() for p in net.parameters()]
+        data = [(x[:40].to(device), y[:40].to(device)), (x[40:], y[40:])]  # the second is moved
+        measures = samkern.sharpness.flatness(net, loss_fn, data, progress=False)
+        surface = samkern.landscape.surface(net, loss_fn, data, points=5, progress=False)
+        found[device] = [*map(float, measures.values()), *surface.loss.flatten(), *surface.accuracy.flatten()]
+        assert same_bits(list(net.parameters()), before)
+    assert found["cuda"] == pytest.approx(found["cpu"], rel=2e-2)

@@ -8,7 +8,6 @@ import functools
 import re
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,6 +20,10 @@ from samkern.sharpness.problem import problem
 from .lists import BF16, FP32, same_bits, seeded
 from .oracles import landscape as oracle
 from .problems import batch, make_net
+
+np = pytest.importorskip("numpy")
+pytest.importorskip("matplotlib")
+pytest.importorskip("plotly")
 
 DATA = [batch(0), batch(1)]
 
