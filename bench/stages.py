@@ -48,6 +48,11 @@ def allowance(rounds: Sequence[Round], index: int, left: float) -> list[float]:
     return [min(stage.most, left - kept - GRACE) for stage in rounds[index]]
 
 
+def _interruptible() -> None:
+    """In a new process: what a shell runs in the background ignores interrupts, and hands that down."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Running:
     """A stage under way, in a process group of its own. ``ending`` is empty until it has ended."""
 
@@ -62,6 +67,7 @@ class Running:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_interruptible,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment},  # what is killed has been written
             )
 

@@ -510,6 +510,7 @@ def test_a_file_that_cannot_be_written(tmp_path):
 def test_two_processes_and_one_file(tmp_path, monkeypatch):
     """The second begins and ends while the first computes; what it has found is not lost, nor computed again."""
     net, path = make_net(), tmp_path / "line.npz"
+    same_net = copy.deepcopy(net)
     monkeypatch.setattr("samkern.landscape.sweep.SAVE_EVERY", 0.0)
     options = {"points": 5, "file": path}
     calls = []
@@ -517,7 +518,7 @@ def test_two_processes_and_one_file(tmp_path, monkeypatch):
     def loss(out, y):
         calls.append(1)
         if len(calls) == 2:
-            landscape.line(net, cross_entropy, DATA, points=5, file=path)
+            landscape.line(same_net, cross_entropy, DATA, points=5, file=path)
         return cross_entropy(out, y)
 
     loss.__qualname__ = cross_entropy.__qualname__

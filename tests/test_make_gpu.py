@@ -107,7 +107,8 @@ def test_children_that_a_stage_leaves_behind_end_with_it(tmp_path):
 def test_whoever_stops_the_run_stops_its_stages(tmp_path):
     """An interrupt from outside reaches only the run itself: its stages have process groups of their own."""
     code = f"""
-import pathlib, sys
+import pathlib, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where these tests run in the background
 from bench.stages import Stage, run_all
 run_all([[Stage("hangs", (sys.executable, "-c", {HANGS!r}), 60)]], 60, pathlib.Path({str(tmp_path)!r}), print)
 """
