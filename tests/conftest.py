@@ -30,7 +30,7 @@ ABOVE_THE_PLAN = {
     **dict.fromkeys(("test_averaging.py", "test_lpf.py", "test_swad.py"), 16),
 }
 # Kernels that Triton's interpreter has cells of its own for, in triton_*_interpreted.py.
-WITH_CELLS_OF_ITS_OWN = dict.fromkeys(("test_masks.py", "test_noise.py", "test_average.py"), 2)
+WITH_CELLS_OF_ITS_OWN = dict.fromkeys(("test_masks.py", "test_noise.py", "test_average.py", "test_passes.py"), 3)
 _taken = collections.Counter()  # tests by backend
 _left_out = []  # ids of tests
 
