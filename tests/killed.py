@@ -108,5 +108,7 @@ class Child:
 
     def is_writing(self) -> bool:
         """Whether there is a part of a checkpoint that is not complete."""
-        parts = self.folder.glob(f"{CHECKPOINT}.{self.process.pid}")
-        return any(part.stat().st_size > 0 for part in parts)
+        try:
+            return (self.folder / f"{CHECKPOINT}.{self.process.pid}").stat().st_size > 0
+        except FileNotFoundError:  # not begun, or complete by now
+            return False
