@@ -198,6 +198,7 @@ ARROWS = {  # a module may import from the left of itself only
     "ops": {"backends", "bitmask", "reference", "reference_masks", "reference_noise", "shards", "tensors"},
     "undisturbed": {"batchnorm", "tensors"},
     "extras": set(),
+    "files": set(),
     "progress": set(),
     "samples": {"undisturbed"},
     "fisher": {"ops", "progress", "reference", "samples", "shards", "tensors", "undisturbed"},
@@ -213,8 +214,8 @@ ARROWS = {  # a module may import from the left of itself only
     "sharpness": {
         *("lora", "ops", "optim", "philox", "progress", "reference", "reference_noise", "shards", "undisturbed"),
     },
-    "landscape": {"extras", "progress", "reestimate", "reference", "sharpness", "undisturbed"},
-    "reporting": {"backends", "extras", "history", "landscape", "optim", "sharpness"},
+    "landscape": {"extras", "files", "progress", "reestimate", "reference", "sharpness", "undisturbed"},
+    "reporting": {"backends", "extras", "files", "history", "landscape", "optim", "sharpness"},
     "demo": {
         *("backends", "extras", "fisher", "history", "landscape", "losses", "optim", "reestimate", "reporting"),
         *("sharpness", "undisturbed"),

@@ -399,18 +399,12 @@ def train(entry: Entry, setting: Setting, seed: int, progress: tqdm[Any], runs: 
                 found["train_loss"] = statistics.fmean(fit.losses[-steps // epoch :])
                 folder.epoch(epoch, steps=steps, pairs=pairs, seconds=fit.seconds, **found)
     with fit.tested():
-        third = [third_of(data)]
-        eigenvalue = top_eigenvalue(net, functional.cross_entropy, third, tol=1e-2, progress=False)
+        eigenvalue = top_eigenvalue(net, functional.cross_entropy, [third_of(data)], tol=1e-2, progress=False)
         if folder is not None:
             folder.measure("top eigenvalue", eigenvalue)
-            batches = list(zip(*(torch.split(part, 100) for part in third[0]), strict=True))
-            others = flatness(net, functional.cross_entropy, batches, MEASURES, progress=False)
-            folder.measures({name.replace("_", " "): value for name, value in others.items()})
-        if folder is not None and entry.pictured and seed == setting.seeds[0]:
-            around_it = surface(
-                net, functional.cross_entropy, third, points=LANDSCAPE_POINTS, title=entry.name, progress=False
+            look_around(
+                folder, net, third_of(data), entry.name if entry.pictured and seed == setting.seeds[0] else None
             )
-            folder.landscape(around_it)
     return Run(
         seed=seed,
         test_accuracy=curve[-1][1],
@@ -427,6 +421,16 @@ def run_folder(entry: Entry, setting: Setting, seed: int, runs: Path) -> RunFold
     settings = {"epochs": setting.epochs * entry.longer, "wrong labels": setting.noise, "batch": BATCH, **BASE}
     path = runs / f"{slug(entry.name)}-seed{seed}"
     return RunFolder(path, method=entry.name, seed=seed, settings=settings, resume=False)
+
+
+def look_around(folder: RunFolder, net: nn.Module, data: tuple[Tensor, Tensor], title: str | None) -> None:
+    """Notes how flat the loss is, and with a title what its landscape looks like."""
+    batches = list(zip(*(torch.split(part, 100) for part in data), strict=True))
+    found = flatness(net, functional.cross_entropy, batches, MEASURES, progress=False)
+    folder.measures({name.replace("_", " "): value for name, value in found.items()})
+    if title is not None:
+        options: dict[str, Any] = {"points": LANDSCAPE_POINTS, "title": title, "progress": False}
+        folder.landscape(surface(net, functional.cross_entropy, [data], **options))
 
 
 def third_of(data: Digits) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..extras import needed
+from ..files import replacing
 from .figures import COLORS, PATH_COLOR, is_logarithmic, levels_of, name_of, names_of
-from .result import Landscape, replacing
+from .result import Landscape
 
 LIFT = 0.02  # of the path above the surface, as a share of its height: else it is half hidden in it
 FONT = 14  # pixels

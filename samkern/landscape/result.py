@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..extras import needed
+from ..files import replacing
 
 if TYPE_CHECKING:
     import numpy
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array: TypeAlias = NDArray[numpy.float64]
-
-KINDS = ("interpolation", "line", "surface", "plane", "trajectory")
 
 
 @dataclass(frozen=True)
@@ -127,15 +124,3 @@ def read(path: str | os.PathLike[str], argument: str) -> dict[str, Any]:
     if not {"kind", "title", "a", "labels"} <= set(content):
         raise ValueError(f"{argument}={str(path)!r} is no landscape that can be read: give another name") from reason
     return content
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to be written in the block, which takes its place at the end; after an error it is gone."""
-    # A name of its own: several processes may write the same path.
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

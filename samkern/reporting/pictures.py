@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -215,4 +216,4 @@ def numbers(array: Any) -> list[Any]:
 
 def text(name: str) -> str:
     """``name`` for plotly, which takes tags in texts for its own."""
-    return name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return html.escape(name, quote=False)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ..backends import resolve
+from ..files import replacing
 from ..history import History
 from ..landscape import Landscape
 from ..optim import SharpnessAware
@@ -255,17 +256,13 @@ def _keep_steps(path: Path, n_steps: int) -> None:
         write_text(path, "".join(kept) if len(kept) > 1 else "")
 
 
-# ---- files that are there as a whole or not at all
+# ---- files
 
 
 def write_text(path: Path, text: str) -> Path:
     """Writes beside ``path`` and renames when it is complete; two processes do not meet in one file."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8", newline="\n")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return path
 
 
